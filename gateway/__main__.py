@@ -1,0 +1,345 @@
+"""Command line of the gateway: `acp-gateway up | serve | keys`."""
+
+import os
+
+# Before grpc is imported: its newer event engine costs more CPU a call under asyncio.
+os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
+
+import asyncio
+import gc
+import json
+import secrets
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, cast
+
+import msgspec
+import typer
+import uvloop
+
+from gateway.app import Gateway
+from gateway.auth import KeyFile, KeyFileError, Scope, UnknownKey
+from gateway.config import GatewayConfig, SettingError
+from gateway.logs import configure_logs
+from gateway.supervisor import RuntimeFailed, RuntimeProcess
+
+app = typer.Typer(
+    help="The ACP gateway: the ACP REST API in front of agents behind a gRPC RunService.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+keys_app = typer.Typer(help="API keys: make, list and revoke them.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
+
+_DEFAULTS = GatewayConfig(grpc_target="-", service_token="-", api_key="-")
+
+Host = Annotated[str, typer.Option(envvar="ACP_HOST", help="Address to serve REST at.")]
+Port = Annotated[int, typer.Option(envvar="ACP_PORT", help="Port to serve REST at; 0 picks one.")]
+DataDir = Annotated[
+    Path, typer.Option(envvar="ACP_DATA_DIR", help="Folder for runs, keys and tokens; made when it is missing.")
+]
+Servers = Annotated[
+    Path | None, typer.Option(envvar="ACP_SERVERS", help="A servers.toml; without one the built-in servers.")
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(envvar="ACP_API_KEY", help="A key that is accepted beside those of the key file.", show_default=False),
+]
+ReadyFile = Annotated[
+    Path | None,
+    typer.Option(help="Written as JSON once requests are answered, for scripts: url, api_key, grpc_target, pids."),
+]
+Plaintext = Annotated[
+    bool,
+    typer.Option(envvar="ACP_ALLOW_PLAINTEXT", help="Serve unencrypted on an address that is not loopback."),
+]
+WaitLimit = Annotated[
+    float,
+    typer.Option(envvar="ACP_WAIT_LIMIT_SECONDS", help="Longest wait for the end of a turn; past it, 202."),
+]
+MaxBody = Annotated[int, typer.Option(envvar="ACP_MAX_BODY_BYTES", help="Largest request body; past it, 413.")]
+MaxDepth = Annotated[int, typer.Option(envvar="ACP_MAX_JSON_DEPTH", help="Deepest JSON in a request body.")]
+MaxTitle = Annotated[int, typer.Option(envvar="ACP_MAX_TITLE_CHARACTERS", help="Longest title of a run.")]
+MaxMetadata = Annotated[int, typer.Option(envvar="ACP_MAX_METADATA_BYTES", help="Largest metadata.")]
+MaxConnections = Annotated[
+    int, typer.Option(envvar="ACP_MAX_CONNECTIONS", help="Most connections at once; past it, 503.")
+]
+Heartbeat = Annotated[
+    float, typer.Option(envvar="ACP_HEARTBEAT_SECONDS", help="An idle stream says that it is alive this often.")
+]
+Drain = Annotated[
+    float, typer.Option(envvar="ACP_DRAIN_SECONDS", help="Time for requests and turns under way after SIGTERM.")
+]
+LogLevel = Annotated[str, typer.Option(envvar="ACP_LOG_LEVEL", help="debug, info, warning or error.")]
+
+
+@app.command()
+def up(
+    host: Host = _DEFAULTS.host,
+    port: Port = _DEFAULTS.port,
+    data_dir: DataDir = Path(".acp"),
+    servers: Servers = None,
+    api_key: ApiKey = None,
+    ready_file: ReadyFile = None,
+    allow_plaintext: Plaintext = False,
+    wait_limit_seconds: WaitLimit = _DEFAULTS.wait_limit_seconds,
+    max_body_bytes: MaxBody = _DEFAULTS.max_body_bytes,
+    max_json_depth: MaxDepth = _DEFAULTS.max_json_depth,
+    max_title_characters: MaxTitle = _DEFAULTS.max_title_characters,
+    max_metadata_bytes: MaxMetadata = _DEFAULTS.max_metadata_bytes,
+    max_connections: MaxConnections = _DEFAULTS.max_connections,
+    heartbeat_seconds: Heartbeat = _DEFAULTS.heartbeat_seconds,
+    drain_seconds: Drain = _DEFAULTS.drain_seconds,
+    log_level: LogLevel = "info",
+) -> None:
+    """Start everything on this machine: the gateway, and the runtime service as a process of its own."""
+    with _Complaints():
+        configure_logs(log_level)
+        data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        key = api_key or _kept_key(data_dir)
+        token = _kept_secret(data_dir / "service-token", lambda: secrets.token_hex(32))
+        config = GatewayConfig(
+            grpc_target="127.0.0.1:0",
+            service_token=token,
+            keys_file=data_dir / "keys.json",
+            api_key=api_key,
+            host=host,
+            port=port,
+            allow_plaintext=allow_plaintext,
+            wait_limit_seconds=wait_limit_seconds,
+            max_body_bytes=max_body_bytes,
+            max_json_depth=max_json_depth,
+            max_title_characters=max_title_characters,
+            max_metadata_bytes=max_metadata_bytes,
+            max_connections=max_connections,
+            heartbeat_seconds=heartbeat_seconds,
+            drain_seconds=drain_seconds,
+        )
+        uvloop.run(_up(config, data_dir, servers, key, ready_file))
+
+
+@app.command()
+def serve(
+    grpc_target: Annotated[
+        str, typer.Option(envvar="ACP_GRPC_TARGET", help="HOST:PORT of the runtime service.")
+    ] = "127.0.0.1:50051",
+    service_token: Annotated[
+        str, typer.Option(envvar="ACP_SERVICE_TOKEN", help="The runtime service's token.", show_default=False)
+    ] = "",
+    service_token_file: Annotated[
+        Path | None, typer.Option(envvar="ACP_SERVICE_TOKEN_FILE", help="A file that holds the service token.")
+    ] = None,
+    keys_file: Annotated[
+        Path, typer.Option(envvar="ACP_KEYS_FILE", help="The key file, as `keys create` makes it.")
+    ] = Path(".acp/keys.json"),
+    host: Host = _DEFAULTS.host,
+    port: Port = _DEFAULTS.port,
+    api_key: ApiKey = None,
+    ready_file: ReadyFile = None,
+    allow_plaintext: Plaintext = False,
+    wait_limit_seconds: WaitLimit = _DEFAULTS.wait_limit_seconds,
+    max_body_bytes: MaxBody = _DEFAULTS.max_body_bytes,
+    max_json_depth: MaxDepth = _DEFAULTS.max_json_depth,
+    max_title_characters: MaxTitle = _DEFAULTS.max_title_characters,
+    max_metadata_bytes: MaxMetadata = _DEFAULTS.max_metadata_bytes,
+    max_connections: MaxConnections = _DEFAULTS.max_connections,
+    heartbeat_seconds: Heartbeat = _DEFAULTS.heartbeat_seconds,
+    drain_seconds: Drain = _DEFAULTS.drain_seconds,
+    log_level: LogLevel = "info",
+) -> None:
+    """Serve REST only, in front of a runtime service that runs elsewhere."""
+    with _Complaints():
+        configure_logs(log_level)
+        if service_token_file is not None:
+            service_token = service_token_file.read_text().strip()
+        config = GatewayConfig(
+            grpc_target=grpc_target,
+            service_token=service_token,
+            keys_file=keys_file,
+            api_key=api_key,
+            host=host,
+            port=port,
+            allow_plaintext=allow_plaintext,
+            wait_limit_seconds=wait_limit_seconds,
+            max_body_bytes=max_body_bytes,
+            max_json_depth=max_json_depth,
+            max_title_characters=max_title_characters,
+            max_metadata_bytes=max_metadata_bytes,
+            max_connections=max_connections,
+            heartbeat_seconds=heartbeat_seconds,
+            drain_seconds=drain_seconds,
+        )
+        uvloop.run(_serve(config, ready_file))
+
+
+KeysFile = Annotated[Path, typer.Option(envvar="ACP_KEYS_FILE", help="The key file.")]
+_KEYS_FILE = Path(".acp/keys.json")
+
+
+@keys_app.command("create")
+def keys_create(
+    name: Annotated[str, typer.Argument(help="What the key is for; shown by `keys list`.")],
+    organization: Annotated[str, typer.Option(help="The organization that the key belongs to.")] = "default",
+    scope: Annotated[
+        list[str] | None, typer.Option(help='What it may do: "*", "execute", "runs:read"; may be given again.')
+    ] = None,
+    expires_days: Annotated[int | None, typer.Option(min=1, help="Days until it expires; without, never.")] = None,
+    keys_file: KeysFile = _KEYS_FILE,
+) -> None:
+    """Make a key and print it, this once. Running gateways know it within a second."""
+    with _Complaints():
+        expires_at = None if expires_days is None else datetime.now(UTC) + timedelta(days=expires_days)
+        scopes = cast(tuple[Scope, ...], tuple(scope or ("*",)))
+        keys_file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        text, _ = KeyFile(keys_file).create(name, organization, scopes, expires_at)
+        print(text)
+
+
+@keys_app.command("list")
+def keys_list(keys_file: KeysFile = _KEYS_FILE) -> None:
+    """Show the keys, without their secrets."""
+    with _Complaints():
+        for key in KeyFile(keys_file).load():
+            state = "revoked" if key.revoked_at else f"expires {key.expires_at:%Y-%m-%d}" if key.expires_at else "active"
+            print(f"{key.id}  {key.organization}  {','.join(key.scopes)}  {state}  {key.name}")
+
+
+@keys_app.command("revoke")
+def keys_revoke(
+    key_id: Annotated[str, typer.Argument(help="The id: the 12 digits in the middle of the key.")],
+    keys_file: KeysFile = _KEYS_FILE,
+) -> None:
+    """End a key for good. Running gateways refuse it within a second."""
+    with _Complaints():
+        KeyFile(keys_file).revoke(key_id)
+        print(f"{key_id} is revoked.")
+
+
+async def _up(
+    config: GatewayConfig, data_dir: Path, servers: Path | None, key: str, ready_file: Path | None
+) -> None:
+    stop = _stop_event()
+    async with AsyncExitStack() as stack:
+        starting = asyncio.ensure_future(
+            stack.enter_async_context(
+                RuntimeProcess(data_dir, config.service_token, servers, config.drain_seconds)
+            )
+        )
+        stopping = asyncio.ensure_future(stop.wait())
+        await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not starting.done():
+            starting.cancel()
+            await asyncio.wait([starting])
+            return
+        runtime = starting.result()
+
+
+        gateway = await stack.enter_async_context(Gateway(msgspec.structs.replace(config, grpc_target=runtime.target)))
+        print(_banner(gateway.url, key, servers is None), flush=True)
+        _write_ready(
+            ready_file,
+            url=gateway.url,
+            api_key=key,
+            grpc_target=runtime.target,
+            gateway_pid=os.getpid(),
+            runtime_pid=runtime.pid,
+        )
+        _settle_memory()
+        await stop.wait()
+
+
+async def _serve(config: GatewayConfig, ready_file: Path | None) -> None:
+    stop = _stop_event()
+    async with Gateway(config) as gateway:
+        print(f"The ACP gateway serves {gateway.url} for the runtime service at {config.grpc_target}", flush=True)
+        _write_ready(
+            ready_file,
+            url=gateway.url,
+            api_key=config.api_key,
+            grpc_target=config.grpc_target,
+            gateway_pid=os.getpid(),
+        )
+        _settle_memory()
+        await stop.wait()
+
+
+def _stop_event() -> asyncio.Event:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    return stop
+
+
+def _settle_memory() -> None:
+    """What is there by now stays; the collector need not look at it again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
+def _write_ready(path: Path | None, **values: object) -> None:
+    if path is not None:
+        temporary = path.with_name(path.name + ".new")
+        temporary.touch(mode=0o600)
+        temporary.write_text(json.dumps(values))
+        temporary.replace(path)
+
+
+def _kept_key(data_dir: Path) -> str:
+    """Return the key that was made for this data directory at its first start."""
+    keys_file = KeyFile(data_dir / "keys.json")
+    return _kept_secret(data_dir / "api-key", lambda: keys_file.create("acp-gateway up")[0])
+
+
+def _kept_secret(path: Path, make: Callable[[], str]) -> str:
+    if not path.exists():
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(make())
+    return path.read_text().strip()
+
+
+def _banner(url: str, key: str, built_in: bool) -> str:
+    server = "assistant" if built_in else "SERVER"
+    return f"""
+The ACP gateway is up.
+
+  Base URL  {url}
+  API key   {key}
+
+Try it:
+
+  curl -s {url}/v1/servers/{server}/runs \\
+    -H 'Authorization: Bearer {key}' \\
+    -H 'Content-Type: application/json' \\
+    -d '{{"content": "Say hello in one sentence."}}'
+
+Ctrl-C ends it.
+"""
+
+
+class _Complaints:
+    """Tells a setting's or a file's mistake in one line, without a traceback; exit code 2."""
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, SettingError | KeyFileError | UnknownKey | RuntimeFailed | ValueError | OSError):
+            print(f"acp-gateway: {error}", file=sys.stderr)
+            raise typer.Exit(2) from None
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="acp-gateway")
+
+
+if __name__ == "__main__":
+    main()

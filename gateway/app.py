@@ -1,0 +1,162 @@
+"""Composition: middleware, routes, health and metrics, and the lives of the channel and the streams."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from time import perf_counter
+from types import TracebackType
+
+import grpc
+import structlog
+from aiohttp import web
+
+from gateway.auth import KeyRing
+from gateway.config import GatewayConfig, SettingError
+from gateway.errors import ApiError, from_rpc_error
+from gateway.handlers import RunHandlers
+from gateway.http_server import (
+    GatewayRunner,
+    HttpLimits,
+    error_response,
+    from_http_exception,
+    make_expect_handler,
+)
+from gateway.metrics import Metrics
+from gateway.requests import begin_info
+from gateway.routes import run_routes
+from gateway.run_client import RunClient
+from gateway.streaming import OpenStreams
+
+log = structlog.get_logger("gateway.access")
+
+_QUIET = frozenset({"/health", "/health/live", "/metrics"})
+
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def make_app(config: GatewayConfig) -> web.Application:
+    """Build the application. Raises KeyFileError or ValueError for keys that cannot be used."""
+    keys = KeyRing(config.keys_file, literal_key=config.api_key)
+    client = RunClient(config.grpc_target, config.service_token)
+    streams = OpenStreams(config.heartbeat_seconds, config.write_seconds)
+    metrics = Metrics(lambda: len(streams))
+    app = web.Application(middlewares=[_make_middleware(metrics)])
+    expect_handler = make_expect_handler(config.max_body_bytes)
+    for route in run_routes(RunHandlers(config, client, keys, streams, metrics)):
+        app.router.add_route(route.method, route.path, route.handler, expect_handler=expect_handler)
+
+    async def health(_: web.Request) -> web.Response:
+        ready = await client.is_serving()
+        document = {"status": "ok" if ready else "unavailable", "ready": ready}
+        return web.json_response(document, status=200 if ready else 503)
+
+    async def live(_: web.Request) -> web.Response:
+        return web.json_response({"status": "ok"})
+
+    async def metrics_text(_: web.Request) -> web.Response:
+        return web.Response(body=metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    app.router.add_get("/health", health)
+    app.router.add_get("/health/live", live)
+    app.router.add_get("/metrics", metrics_text)
+
+    async def lives(_: web.Application) -> AsyncIterator[None]:
+        streams.start()
+        yield
+        await client.close()
+
+    async def end_streams(_: web.Application) -> None:
+        await streams.stop()
+
+    app.cleanup_ctx.append(lives)
+    app.on_shutdown.append(end_streams)
+    return app
+
+
+def _make_middleware(metrics: Metrics) -> Callable[[web.Request, _Handler], Awaitable[web.StreamResponse]]:
+    @web.middleware
+    async def middleware(request: web.Request, handler: _Handler) -> web.StreamResponse:
+        """Turn errors into documents; count and log every request, however it ends."""
+        started = perf_counter()
+        info = begin_info(request)
+        status, code = 499, None  # what is logged when the client is gone before its answer
+        try:
+            response = await _answer(request, handler)
+            status = response.status
+            if not response.prepared:
+                response.headers["X-Request-Id"] = info.request_id
+        except ApiError as error:
+            status, code = error.status, error.code
+            response = error_response(error, request)
+        except ConnectionError:
+            raise
+        except Exception:
+            status = 500
+            raise
+        finally:
+            resource = request.match_info.route.resource
+            route = resource.canonical if resource is not None else "unmatched"
+            seconds = perf_counter() - started
+            metrics.request_ended(request.method if resource is not None else "ANY", route, status, seconds)
+            if route not in _QUIET:
+                caller = info.caller
+                log.info(
+                    "request",
+                    method=request.method,
+                    route=route,
+                    status=status,
+                    code=code,
+                    duration_ms=round(seconds * 1000, 3),
+                    request_id=info.request_id,
+                    organization=None if caller is None else caller.organization,
+                    key_id=None if caller is None else caller.key_id,
+                    server_id=request.match_info.get("serverId"),
+                    run_id=info.run_id or request.match_info.get("runId"),
+                )
+        return response
+
+    return middleware
+
+
+async def _answer(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    """Return the handler's answer; errors of gRPC and of the router become ApiError."""
+    try:
+        return await handler(request)
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc_error(error) from error
+    except web.HTTPException as exception:
+        if exception.status < 400:
+            raise
+        raise from_http_exception(exception) from None
+
+
+class Gateway:
+    """A serving gateway; an async context manager. `url` is where it is reached."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        self._config = config
+        self.url = ""
+
+    async def __aenter__(self) -> "Gateway":
+        config = self._config
+        limits = HttpLimits(connections=config.max_connections, keepalive_timeout_seconds=config.idle_seconds)
+        self._runner = GatewayRunner(
+            make_app(config), limits, shutdown_timeout_seconds=config.drain_seconds
+        )
+        await self._runner.setup()
+        try:
+            await web.TCPSite(self._runner, config.host, config.port, backlog=1024).start()
+        except OSError as error:
+            await self._runner.cleanup()
+            raise SettingError(
+                f"{config.host}:{config.port} cannot be listened on ({error.strerror}); "
+                "choose another with --port, or 0 for any"
+            ) from error
+        host, port = self._runner.addresses[0][:2]
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._runner.cleanup()
+
+

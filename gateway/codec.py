@@ -1,0 +1,113 @@
+"""Protobuf messages to ACP documents. Pure; knows neither HTTP nor a channel."""
+
+from functools import lru_cache
+from time import gmtime, strftime
+from typing import get_args
+
+import msgspec
+
+from gateway.schema import (
+    EventDocument,
+    EventRole,
+    LogLevel,
+    RunDocument,
+    RunMode,
+    RunStatus,
+    ThreadDocument,
+    ThreadStatus,
+)
+from protos.acp.runs.v1 import run_pb2 as pb
+
+encode = msgspec.json.Encoder().encode
+
+_STATUSES: dict[int, RunStatus] = {
+    pb.RunStatus.Value(f"RUN_STATUS_{name.upper()}"): name for name in get_args(RunStatus)
+}
+_STATUS_NUMBERS: dict[str, "pb.RunStatus.ValueType"] = {name: pb.RunStatus.Value(f"RUN_STATUS_{name.upper()}") for name in get_args(RunStatus)}
+_MODES: dict[int, RunMode] = {pb.RunMode.Value(f"RUN_MODE_{name.upper()}"): name for name in get_args(RunMode)}
+_THREAD_STATUSES: dict[int, ThreadStatus] = {
+    pb.ThreadStatus.Value(f"THREAD_STATUS_{name.upper()}"): name for name in get_args(ThreadStatus)
+}
+_ROLES: dict[int, EventRole] = {
+    pb.EventRole.Value(f"EVENT_ROLE_{name.upper()}"): name for name in get_args(EventRole)
+}
+_LEVELS: dict[int, LogLevel | None] = {pb.LOG_LEVEL_UNSPECIFIED: None} | {
+    pb.LogLevel.Value(f"LOG_LEVEL_{name.upper()}"): name for name in get_args(LogLevel)
+}
+TERMINAL = frozenset({pb.RUN_STATUS_COMPLETED, pb.RUN_STATUS_FAILED, pb.RUN_STATUS_CANCELLED})
+
+
+def run_document(run: pb.Run, thread: pb.Thread) -> RunDocument:
+    """Return the run as clients know it."""
+    title = run.title or None
+    return RunDocument(
+        id=run.id,
+        serverId=run.server_id,
+        threadId=run.thread_id,
+        input=run.input,
+        mode=_MODES[run.mode],
+        status=_STATUSES[run.status],
+        createdAt=timestamp(run.created_at_unix_ms),
+        threadBacked=True,
+        threadStatus=_THREAD_STATUSES[thread.status],
+        title=title,
+        output=run.output or None,
+        error=run.error or None,
+        errorCode=run.error_code or None,
+        metadata=_raw(run.metadata_json),
+        completedAt=timestamp(run.completed_at_unix_ms) if run.completed_at_unix_ms else None,
+        sessionProtocol=run.session_protocol or None,
+        threadTitle=title,
+    )
+
+
+def thread_document(thread: pb.Thread) -> ThreadDocument:
+    """Return the thread as clients know it."""
+    return ThreadDocument(
+        id=thread.id,
+        status=_THREAD_STATUSES[thread.status],
+        messageCount=thread.message_count,
+        createdAt=timestamp(thread.created_at_unix_ms),
+        updatedAt=timestamp(thread.updated_at_unix_ms),
+        title=thread.title or None,
+        metadata=_raw(thread.metadata_json),
+    )
+
+
+def event_document(event: pb.RunEvent) -> EventDocument:
+    """Return the event as clients know it."""
+    return EventDocument(
+        event.id,
+        event.sequence,
+        _ROLES[event.role],
+        event.content,
+        timestamp(event.created_at_unix_ms),
+        event.log_type or None,
+        _LEVELS[event.log_level],
+        _raw(event.metadata_json),
+    )
+
+
+def status_number(name: str) -> pb.RunStatus.ValueType | None:
+    """Return the status that a client names, or None when there is no such status."""
+    return _STATUS_NUMBERS.get(name)
+
+
+def status_name(status: pb.RunStatus.ValueType) -> RunStatus:
+    """Return the status as clients know it."""
+    return _STATUSES[status]
+
+
+def timestamp(unix_ms: int) -> str:
+    """Return ISO 8601 in UTC with milliseconds, such as 2026-11-21T20:15:00.000Z."""
+    seconds, ms = divmod(unix_ms, 1000)
+    return f"{_second(seconds)}.{ms:03d}Z"
+
+
+@lru_cache(maxsize=1024)
+def _second(seconds: int) -> str:
+    return strftime("%Y-%m-%dT%H:%M:%S", gmtime(seconds))
+
+
+def _raw(text: bytes) -> msgspec.Raw | None:
+    return msgspec.Raw(text) if text else None

@@ -1,0 +1,486 @@
+"""Serves an `aiohttp.web.Application` with what aiohttp leaves out: every refusal of the HTTP layer is our
+JSON document, and nothing that a client does, or leaves undone, holds a connection for ever.
+
+Knows aiohttp inside and out, and nothing of what the application does. It leans on private parts of aiohttp
+(`RequestHandler._messages`, `_waiter`, `_process_keepalive`, …); `tests/integration/test_http_server.py`
+holds each of them to what is expected here.
+"""
+
+import asyncio
+import logging
+import re
+import secrets
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, Final, cast
+
+from aiohttp import web
+from aiohttp.abc import AbstractAccessLogger
+from aiohttp.http import HttpVersion11
+from aiohttp.http_exceptions import LineTooLong
+from aiohttp.streams import EMPTY_PAYLOAD
+from aiohttp.web_log import AccessLogger
+from aiohttp.web_protocol import RequestHandler, _ErrInfo
+
+from gateway.errors import ApiError, title
+
+_LOG = logging.getLogger(__name__)
+
+REQUEST_ID: Final = web.RequestKey("request_id", str)
+
+# What a caller's own request id may look like: it is logged, and goes into gRPC metadata.
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+# A connection past the limit is kept this long, so that its client can read why; and not more of them than
+# this at once, or they would be no less of a burden than the others.
+_TURNING_AWAY_SECONDS: Final = 1.0
+_TURNING_AWAY_AT_ONCE: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class HttpLimits:
+    """What a connection may take up. Times are in seconds."""
+
+    connections: int = 10_000
+    # From the opening of a connection, or from the first byte of a later head, to the head's last byte.
+    head_timeout_seconds: float = 30.0
+    # How long a connection may lie idle between requests.
+    keepalive_timeout_seconds: float = 75.0
+    # How long the rest of a body that nobody wanted is read, so that its sender gets to see the answer.
+    lingering_seconds: float = 5.0
+    line_bytes: int = 8190
+    header_bytes: int = 8190
+    headers: int = 128
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be greater than 0.")
+
+
+DEFAULT_LIMITS: Final = HttpLimits()
+
+
+class GatewayRunner(web.AppRunner):
+    """Runs an application behind these limits. Use it like `web.AppRunner`: `setup()`, sites, `cleanup()`.
+
+    An `ApiError` that leaves the application becomes its document; any other exception an opaque 500, logged
+    once; an `HTTPException` of 400 or more, which aiohttp raises for an unknown URL, a document too.
+    """
+
+    __slots__ = ("_limits",)
+
+    def __init__(
+        self,
+        app: web.Application,
+        limits: HttpLimits = DEFAULT_LIMITS,
+        *,
+        shutdown_timeout_seconds: float = 60.0,
+        access_log_class: type[AbstractAccessLogger] | None = None,
+    ) -> None:
+        super().__init__(
+            app,
+            shutdown_timeout=shutdown_timeout_seconds,
+            access_log_class=access_log_class or AccessLogger,
+            access_log=None if access_log_class is None else logging.getLogger("gateway.access"),
+            logger=_LOG,
+            keepalive_timeout=limits.keepalive_timeout_seconds,
+            lingering_time=limits.lingering_seconds,
+            max_line_size=limits.line_bytes,
+            max_field_size=limits.header_bytes,
+            max_headers=limits.headers,
+            # No compressed body is ever read; so none is ever blown up either.
+            auto_decompress=False,
+        )
+        self._limits = limits
+
+    @property
+    def open_connections(self) -> int:
+        """How many connections count towards the limit: also those of clients that are gone, while a handler
+        still works for them."""
+        return 0 if self._server is None else len(self._server._connections)
+
+    async def _make_server(self) -> web.Server:
+        made = await super()._make_server()
+        return _Server(
+            made.request_handler,
+            request_factory=made.request_factory,
+            loop=made._loop,
+            limits=self._limits,
+            **made._kwargs,
+        )
+
+
+class _Server(web.Server):
+    """Makes our connections, and counts them."""
+
+    def __init__(self, handler: Any, *, limits: HttpLimits, **kwargs: Any) -> None:
+        super().__init__(handler, **kwargs)
+        self.limits = limits
+        self.turning_away = 0
+        self.is_full = False
+
+    def __call__(self) -> RequestHandler:
+        return _Connection(self, loop=self._loop, **self._kwargs)
+
+
+class _Connection(RequestHandler):
+    """One connection.
+
+    aiohttp closes it when it has lain idle for the keep-alive time. On top of that, `_head_timer` runs while
+    the head of a request is due: from the opening of the connection, and from the first byte of each later
+    head that does not come in one piece.
+    """
+
+    __slots__ = ("_head_begun", "_head_timer", "_is_turned_away", "_took_offence")
+
+    def __init__(self, server: _Server, **kwargs: Any) -> None:
+        super().__init__(server, **kwargs)
+        self._head_begun = False
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._is_turned_away = False
+        # The parser has refused something; what follows on this connection has no meaning.
+        self._took_offence = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        server = cast(_Server, self._manager)
+        if len(server._connections) >= server.limits.connections:
+            self._turn_away(server, cast(asyncio.Transport, transport))
+            return
+        server.is_full = False
+        super().connection_made(transport)
+        self._head_timer = self._loop.call_later(server.limits.head_timeout_seconds, self._head_is_late)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        if self._is_turned_away:
+            self._is_turned_away = False
+            cast(_Server, self._manager).turning_away -= 1
+        self._stop_head_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._took_offence:
+            return
+        super().data_received(data)
+        messages = self._messages
+        if messages and type(messages[-1][0]) is _ErrInfo:
+            self._took_offence = True
+            self._fail_body_under_way()
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            # Still waiting for a request: these bytes are part of a head.
+            if data:
+                self._head_begun = True
+                if self._head_timer is None:
+                    seconds = cast(_Server, self._manager).limits.head_timeout_seconds
+                    self._head_timer = self._loop.call_later(seconds, self._head_is_late)
+        elif self._head_timer is not None:
+            self._stop_head_timer()
+
+    async def shutdown(self, timeout: float | None = 15.0) -> None:
+        self._stop_head_timer()
+        await super().shutdown(timeout)
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        if type(resp) is not web.Response:
+            if isinstance(resp, web.HTTPException):
+                if resp.status >= 400 and resp.content_type != "application/json":
+                    resp = error_response(from_http_exception(resp), request)
+            elif not isinstance(resp, web.StreamResponse):
+                resp = self.handle_error(request, 500, TypeError(f"A handler returned {type(resp)}."))
+        if self._took_offence and not self._messages:
+            # That was the last request that could be understood.
+            self._close = True
+        return await super().finish_response(request, resp, start_time)
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """The answer to a request whose handler raised `exc`."""
+        # aiohttp does not pass on a TimeoutError, which it takes for its own.
+        exc = exc or sys.exception()
+        if isinstance(exc, ApiError):
+            error = exc
+        else:
+            _LOG.error(
+                "A request failed: %s %s",
+                request.method,
+                request.path,
+                exc_info=exc,
+                extra={"request_id": request_id(request)},
+            )
+            error = ApiError(
+                500,
+                "INTERNAL",
+                "Something went wrong on our side; the request id will help to find out what.",
+                headers={"Connection": "close"},
+            )
+        if request.writer.output_size > 0:
+            # An answer has begun; all that is left is to break it off. aiohttp closes the connection.
+            raise ConnectionError("The answer had begun.")
+        return error_response(error, request)
+
+    def _make_error_handler(
+        self, err_info: _ErrInfo
+    ) -> Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]:
+        """Answers what the parser refuses, and what `_head_is_late` does."""
+        error = err_info.exc if isinstance(err_info.exc, ApiError) else _parser_refusal(err_info.exc)
+
+        async def refuse(request: web.BaseRequest) -> web.StreamResponse:
+            # The parser's own words repeat what was sent, which may hold a key.
+            _LOG.info(
+                "Refused what is no request: %s (%s)",
+                error.code,
+                type(err_info.exc).__name__,
+                extra={"request_id": request_id(request)},
+            )
+            return error_response(error, request)
+
+        return refuse
+
+    def _process_keepalive(self) -> None:
+        if self._head_timer is not None:
+            # The head of the next request is on its way, with a time-out of its own.
+            self._keepalive_handle = None
+            return
+        super()._process_keepalive()
+
+    def _head_is_late(self) -> None:
+        self._head_timer = None
+        waiter = self._waiter
+        if waiter is None or waiter.done():
+            return
+        if not self._head_begun:
+            self.force_close()
+            return
+        self._took_offence = True
+        error = ApiError(
+            408,
+            "REQUEST_TIMEOUT",
+            "The head of the request did not arrive in time.",
+            headers={"Connection": "close"},
+        )
+        self._request_count += 1
+        self._messages.append((_ErrInfo(status=408, exc=error, message=error.message), EMPTY_PAYLOAD))
+        waiter.set_result(None)
+
+    def _stop_head_timer(self) -> None:
+        self._head_begun = False
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _fail_body_under_way(self) -> None:
+        """Tells the reader of a body that it broke off, when that is what the parser took offence at.
+
+        aiohttp's C parser leaves the reader waiting for ever, and answers the error as a request of its own.
+        """
+        if len(self._messages) > 1:
+            payload = self._messages[-2][1]
+        elif self._current_request is not None:
+            payload = self._current_request.content
+        else:
+            return
+        if payload.is_eof():
+            return
+        self._messages.pop()
+        payload.set_exception(web.RequestPayloadError("The body is malformed."))
+        # Or aiohttp would wait for the rest of it.
+        payload.feed_eof()
+
+    def _turn_away(self, server: _Server, transport: asyncio.Transport) -> None:
+        """Says that there is no room, to a connection that aiohttp never gets to know."""
+        # data_received() drops what comes from now on.
+        self._force_close = True
+        if not server.is_full:
+            server.is_full = True
+            _LOG.warning("All %d connections are in use; more are refused.", server.limits.connections)
+        if server.turning_away >= _TURNING_AWAY_AT_ONCE:
+            transport.abort()
+            return
+        server.turning_away += 1
+        self._is_turned_away = True
+        self._head_timer = self._loop.call_later(_TURNING_AWAY_SECONDS, transport.abort)
+        transport.write(_no_room())
+        # Not close(): a request that is on its way would meet a closed socket, and the reset that follows
+        # could overtake the answer.
+        if transport.can_write_eof():
+            transport.write_eof()
+
+
+def request_id(request: web.BaseRequest) -> str:
+    """The id of a request: the caller's X-Request-Id where that is fit to be one, else a new one."""
+    known: str | None = request.get(REQUEST_ID)
+    if known is None:
+        known = request.headers.get("X-Request-Id")
+        if known is None or _REQUEST_ID.fullmatch(known) is None:
+            known = _new_request_id()
+        request[REQUEST_ID] = known
+    return known
+
+
+def error_response(error: ApiError, request: web.BaseRequest) -> web.Response:
+    """The answer that carries the error's document, headers and request id.
+
+    `Connection: close` among the headers also makes aiohttp close the connection.
+    """
+    response = web.Response(
+        status=error.status,
+        body=error.body(),
+        headers={"X-Request-Id": request_id(request), **error.headers},
+        content_type="application/json",
+    )
+    if error.headers.get("Connection") == "close":
+        response.force_close()
+    return response
+
+
+def from_http_exception(exception: web.HTTPException) -> ApiError:
+    """The error that says what aiohttp's exception (of 400 or more) says."""
+    status = exception.status
+    if isinstance(exception, web.HTTPMethodNotAllowed):
+        allowed = ", ".join(sorted(exception.allowed_methods))
+        return ApiError(
+            status,
+            "METHOD_NOT_ALLOWED",
+            f"This address does not take {exception.method}; it takes {allowed}.",
+            headers={"Allow": allowed},
+        )
+    if status == 404:
+        return ApiError(status, "NOT_FOUND", "There is nothing at this address.")
+    try:
+        code = HTTPStatus(status).name
+    except ValueError:
+        code = "ERROR"
+    return ApiError(status, code, f"{title(status, code)}.")
+
+
+def make_expect_handler(
+    body_limit_bytes: int,
+) -> Callable[[web.Request], Awaitable[web.StreamResponse | None]]:
+    """The `expect_handler` of routes that take a body: `100 Continue`, unless the body would be refused.
+
+    Raises ApiError: 413 BODY_TOO_LARGE, 417 EXPECTATION_FAILED (RFC 9110, 10.1.1).
+    """
+
+    async def handle_expectation(request: web.Request) -> web.StreamResponse | None:
+        if request.version < HttpVersion11:
+            return None
+        if request.headers.get("Expect", "").lower() != "100-continue":
+            raise ApiError(417, "EXPECTATION_FAILED", "The only expectation that can be met is 100-continue.")
+        if (request.content_length or 0) > body_limit_bytes:
+            raise _too_large(body_limit_bytes)
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        # By this aiohttp knows whether the answer itself has begun.
+        request.writer.output_size = 0
+        return None
+
+    return handle_expectation
+
+
+async def read_body(
+    request: web.Request, limit_bytes: int, timeout_seconds: float, *, may_be_empty: bool = False
+) -> bytes:
+    """The body of a request that carries JSON.
+
+    With `may_be_empty` a request without a body needs no Content-Type. The timeout is for the whole body.
+    Raises ApiError: 413 BODY_TOO_LARGE, 408 REQUEST_TIMEOUT, 400 MALFORMED_REQUEST where it breaks off,
+    415 UNSUPPORTED_MEDIA_TYPE.
+    """
+    if not may_be_empty:
+        _require_json(request)
+    # Length says nothing about a chunked body, and nothing that can be trusted to be short about any.
+    if (request.content_length or 0) > limit_bytes:
+        raise _too_large(limit_bytes)
+    content = request.content
+    try:
+        if content.is_eof():
+            # The usual case: it came with the head.
+            body = content.read_nowait()
+        else:
+            received = bytearray()
+            async with asyncio.timeout(timeout_seconds):
+                while chunk := await content.readany():
+                    received += chunk
+                    if len(received) > limit_bytes:
+                        raise _too_large(limit_bytes)
+            body = bytes(received)
+    except TimeoutError:
+        raise ApiError(
+            408, "REQUEST_TIMEOUT", "The body did not arrive in time.", headers={"Connection": "close"}
+        ) from None
+    except (web.RequestPayloadError, OSError):
+        raise ApiError(
+            400, "MALFORMED_REQUEST", "The body broke off.", headers={"Connection": "close"}
+        ) from None
+    if len(body) > limit_bytes:
+        raise _too_large(limit_bytes)
+    if body and may_be_empty:
+        _require_json(request)
+    return body
+
+
+def _require_json(request: web.Request) -> None:
+    """Refuses what is not JSON in UTF-8, by its headers."""
+    encoding = request.headers.get("Content-Encoding")
+    if encoding is not None and encoding.strip().lower() not in ("", "identity"):
+        raise _unsupported("The body must come without Content-Encoding.")
+    if request.headers.get("Content-Type") == "application/json":
+        return
+    if request.content_type != "application/json":
+        raise _unsupported("The Content-Type must be application/json.")
+    if (request.charset or "utf-8").lower() not in ("utf-8", "utf8"):
+        raise _unsupported("The charset must be utf-8.")
+
+
+def _unsupported(message: str) -> ApiError:
+    return ApiError(415, "UNSUPPORTED_MEDIA_TYPE", message)
+
+
+def _too_large(limit_bytes: int) -> ApiError:
+    return ApiError(
+        413,
+        "BODY_TOO_LARGE",
+        f"The body must have at most {limit_bytes} bytes.",
+        headers={"Connection": "close"},
+    )
+
+
+def _parser_refusal(refused: BaseException) -> ApiError:
+    """What to tell about bytes that aiohttp's parser did not take."""
+    if isinstance(refused, LineTooLong) or "Too many headers" in str(refused):
+        return ApiError(
+            431,
+            "HEADERS_TOO_LARGE",
+            "The request line, a header, or the number of headers is too large.",
+            headers={"Connection": "close"},
+        )
+    return ApiError(
+        400, "MALFORMED_REQUEST", "This is not a valid HTTP/1.1 request.", headers={"Connection": "close"}
+    )
+
+
+def _new_request_id() -> str:
+    return f"req_{secrets.token_hex(12)}"
+
+
+def _no_room() -> bytes:
+    """An answer made by hand, for a connection that has no request yet."""
+    body = ApiError(503, "TOO_MANY_CONNECTIONS", "All connections are in use; try again in a moment.").body()
+    head = (
+        "HTTP/1.1 503 Service Unavailable\r\n"
+        "Content-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n"
+        f"X-Request-Id: {_new_request_id()}\r\n"
+        "Retry-After: 1\r\n"
+        "Connection: close\r\n\r\n"
+    )
+    return head.encode() + body

@@ -1,0 +1,259 @@
+"""Live answers: update streams as Server-Sent Events or NDJSON, and the care of open ones.
+
+The frames are pure; `StreamRelay` writes them and knows aiohttp. A stream ends with `stream.completed` or
+`stream.error`; one without either was cut.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Literal
+
+import grpc
+from aiohttp import web
+
+from gateway.codec import TERMINAL, encode, event_document, run_document, thread_document
+from gateway.errors import ApiError, error_document, from_rpc_error
+from gateway.run_client import UpdateStream
+from protos.acp.runs.v1 import run_pb2 as pb
+from protos.acp.runs.v1 import run_service_pb2 as rpc
+
+log = logging.getLogger(__name__)
+
+StreamForm = Literal["sse", "ndjson"]
+
+_CONTENT_TYPES: dict[StreamForm, str] = {
+    "sse": "text/event-stream; charset=utf-8",
+    "ndjson": "application/x-ndjson; charset=utf-8",
+}
+_TICK_SECONDS = 1.0
+
+
+def stream_form(accept: str | None) -> StreamForm | None:
+    """Return the streamed form that an Accept header asks for first, None for the collected JSON."""
+    for part in (accept or "").split(","):
+        media_type, *parameters = (piece.strip().lower() for piece in part.split(";"))
+        if any(parameter in ("q=0", "q=0.0", "q=0.00", "q=0.000") for parameter in parameters):
+            continue
+        if media_type == "text/event-stream":
+            return "sse"
+        if media_type in ("application/x-ndjson", "application/ndjson"):
+            return "ndjson"
+        if media_type in ("application/json", "*/*", "application/*"):
+            return None
+    return None
+
+
+class Frames:
+    """Turns updates into frames of one form; one document a line, as the official parser wants it."""
+
+    def __init__(self, form: StreamForm) -> None:
+        self._sse = form == "sse"
+        self._last: tuple[bytes, bytes] = (b"null", b"null")
+        self.heartbeat = b": keep-alive\n\n" if self._sse else b"\n"
+
+    def update(self, update: rpc.RunUpdate) -> bytes:
+        """Return the frames of one update: the run, its events, the delta; a run that has ended comes last."""
+        frames: list[bytes] = []
+        if update.HasField("run"):
+            run = encode(run_document(update.run, update.thread))
+            self._last = (run, encode(thread_document(update.thread)))
+            run_frame = self._frame(b'{"type":"run.updated","run":%b}' % run)
+            if update.run.status not in TERMINAL:
+                frames.append(run_frame)
+        if self._sse:
+            frames.extend(
+                b'id: %d\ndata: {"type":"run.event","event":%b}\n\n' % (event.sequence, encode(event_document(event)))
+                for event in update.events
+            )
+        else:
+            frames.extend(
+                b'{"type":"run.event","event":%b}\n' % encode(event_document(event)) for event in update.events
+            )
+        if update.HasField("run") and update.run.status in TERMINAL:
+            frames.append(run_frame)
+        if update.HasField("delta"):
+            delta = update.delta
+            frames.append(
+                self._frame(
+                    encode(
+                        {
+                            "type": "run.delta",
+                            "sequence": delta.sequence,
+                            "offset": delta.offset,
+                            "text": delta.text,
+                        }
+                    )
+                )
+            )
+        return b"".join(frames)
+
+    def completed(self) -> bytes:
+        """Return the last frame of a stream that went to its end."""
+        return self._frame(b'{"type":"stream.completed","run":%b,"thread":%b}' % self._last)
+
+    def error(self, error: ApiError) -> bytes:
+        """Return the last frame of a stream that did not."""
+        document = {"type": "stream.error"} | error_document(
+            error.status, error.code, error.message, error.details
+        )
+        return self._frame(encode(document))
+
+    def _frame(self, document: bytes) -> bytes:
+        return b"data: %b\n\n" % document if self._sse else document + b"\n"
+
+
+class StreamRelay:
+    """Writes one update stream to one client."""
+
+    __slots__ = ("_frames", "_relays", "_response", "_stopped", "_updates", "idle_ticks", "request")
+
+    def __init__(
+        self, relays: "OpenStreams", request: web.Request, updates: UpdateStream, frames: Frames
+    ) -> None:
+        self._relays = relays
+        self.request = request
+        self._updates = updates
+        self._frames = frames
+        self._response: web.StreamResponse | None = None
+        self._stopped = False
+        self.idle_ticks = 0
+
+    async def run(self, begin: Callable[[pb.Run], web.StreamResponse]) -> web.StreamResponse:
+        """Relay to the end; `begin` makes the response once the first update is there.
+
+        An error before that is raised (grpc.aio.AioRpcError); later it is the last frame.
+        """
+        frames = self._frames
+        response: web.StreamResponse | None = None
+        try:
+            try:
+                async for update in self._updates:
+                    data = frames.update(update)
+                    if response is None:
+                        response = begin(update.run)
+                        await response.prepare(self.request)
+                        self._response = response
+                    await self._write(response, data)
+                last = frames.completed()
+            except grpc.aio.AioRpcError as error:
+                if response is None:
+                    raise
+                last = frames.error(from_rpc_error(error))
+            except asyncio.CancelledError:
+                # Either this task was cancelled, or the call was: by `stop`, or because the client is gone.
+                if response is None or not self._stopped:
+                    raise
+                last = frames.error(_DRAINING)
+            assert response is not None, "a stream has at least one update"
+            await self._write(response, last)
+            await response.write_eof()
+        except (ConnectionError, TimeoutError):
+            log.debug("a client left its stream")
+            if response is None:
+                raise
+            self._abort()
+        finally:
+            self._updates.cancel()
+        return response
+
+    async def _write(self, response: web.StreamResponse, data: bytes) -> None:
+        self.idle_ticks = 0
+        async with asyncio.timeout(self._relays.write_seconds):
+            await response.write(data)
+
+    async def beat(self) -> None:
+        """Say that the stream is alive."""
+        if self._response is not None and not self._stopped:
+            with suppress(ConnectionError, TimeoutError):
+                await self._write(self._response, self._frames.heartbeat)
+
+    def stop(self) -> None:
+        """End the stream with `stream.error`, code DRAINING, if anyone is there to read it."""
+        self._stopped = True
+        self._updates.cancel()
+
+    def is_left(self) -> bool:
+        """Return whether the client has gone."""
+        transport = self.request.transport
+        return transport is None or transport.is_closing()
+
+    def _abort(self) -> None:
+        if (transport := self.request.transport) is not None:
+            transport.abort()
+
+
+_DRAINING = ApiError(503, "DRAINING", "The gateway is stopping; connect again with the last sequence you have.")
+
+
+class OpenStreams:
+    """Every stream of this gateway: one clock beats for all, and finds those whose client is gone."""
+
+    def __init__(self, heartbeat_seconds: float, write_seconds: float) -> None:
+        self.write_seconds = write_seconds
+        self._heartbeat_ticks = max(1, round(heartbeat_seconds / _TICK_SECONDS))
+        self._open: set[StreamRelay] = set()
+        self._clock: asyncio.Task[None] | None = None
+        self._stopping = False
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def start(self) -> None:
+        """Start the clock."""
+        self._clock = asyncio.create_task(self._tick())
+
+    async def stop(self) -> None:
+        """End every stream with `stream.error`, code DRAINING."""
+        self._stopping = True
+        if self._clock is not None:
+            self._clock.cancel()
+        for relay in self._open:
+            relay.stop()
+
+    async def relay(
+        self,
+        request: web.Request,
+        updates: UpdateStream,
+        form: StreamForm,
+        begin: Callable[[pb.Run], tuple[int, Mapping[str, str]]],
+    ) -> web.StreamResponse:
+        """Answer a request with an update stream; `begin` gives the status and more headers."""
+
+        def response(run: pb.Run) -> web.StreamResponse:
+            status, headers = begin(run)
+            return web.StreamResponse(
+                status=status,
+                headers={
+                    "Content-Type": _CONTENT_TYPES[form],
+                    "Cache-Control": "no-cache",
+                    "X-Accel-Buffering": "no",
+                    **headers,
+                },
+            )
+
+        if self._stopping:
+            updates.cancel()
+            raise _DRAINING
+        relay = StreamRelay(self, request, updates, Frames(form))
+        self._open.add(relay)
+        try:
+            return await relay.run(response)
+        finally:
+            self._open.discard(relay)
+
+    async def _tick(self) -> None:
+        beats: set[asyncio.Task[None]] = set()
+        while True:
+            await asyncio.sleep(_TICK_SECONDS)
+            for relay in self._open:
+                if relay.is_left():
+                    relay.stop()
+                    continue
+                relay.idle_ticks += 1
+                if relay.idle_ticks >= self._heartbeat_ticks:
+                    relay.idle_ticks = 0
+                    beat = asyncio.create_task(relay.beat())
+                    beats.add(beat)
+                    beat.add_done_callback(beats.discard)

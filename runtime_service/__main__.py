@@ -1,0 +1,168 @@
+"""Command line of the runtime service: `python -m runtime_service serve`."""
+
+import os
+
+# Before grpc is imported: its newer event engine costs more CPU a call under asyncio.
+os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
+
+import asyncio
+import gc
+import json
+import logging
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import structlog
+import typer
+import uvloop
+
+from runtime_service.config import RuntimeConfig, SettingError
+from runtime_service.errors import StoreUnavailable
+from runtime_service.executor import ExecutorLimits
+from runtime_service.registry import ConfigurationError
+from runtime_service.server import RuntimeServer
+from runtime_service.validation import RequestLimits
+
+app = typer.Typer(
+    help="The runtime service of the ACP gateway: owns runs, executes agents, speaks gRPC.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _commands() -> None:
+    """Keep `serve` a command of its own: others will stand beside it."""
+
+
+@app.command()
+def serve(
+    listen: Annotated[
+        str, typer.Option(envvar="ACP_RUNTIME_LISTEN", help="HOST:PORT of the gRPC service; port 0 picks one.")
+    ] = "127.0.0.1:50051",
+    data_dir: Annotated[
+        Path, typer.Option(envvar="ACP_DATA_DIR", help="Folder of the run store; made when it is missing.")
+    ] = Path(".acp"),
+    servers: Annotated[
+        Path | None,
+        typer.Option(envvar="ACP_SERVERS", help="A servers.toml; without one the built-in servers."),
+    ] = None,
+    service_token: Annotated[
+        str,
+        typer.Option(
+            envvar="ACP_SERVICE_TOKEN", help="What callers must send as `authorization: Bearer …`.", show_default=False
+        ),
+    ] = "",
+    service_token_file: Annotated[
+        Path | None,
+        typer.Option(envvar="ACP_SERVICE_TOKEN_FILE", help="A file that holds the service token."),
+    ] = None,
+    max_turns: Annotated[
+        int, typer.Option(envvar="ACP_MAX_TURNS", min=1, help="How many turns run at once; the rest wait.")
+    ] = ExecutorLimits().max_turns,
+    max_queued_turns: Annotated[
+        int, typer.Option(envvar="ACP_MAX_QUEUED_TURNS", min=0, help="How many turns may wait; past it, 429.")
+    ] = ExecutorLimits().max_queued,
+    max_attempts: Annotated[
+        int,
+        typer.Option(envvar="ACP_MAX_ATTEMPTS", min=1, help="How often a turn is begun when its runtime is lost."),
+    ] = ExecutorLimits().max_attempts,
+    cancel_grace_seconds: Annotated[
+        float, typer.Option(envvar="ACP_CANCEL_GRACE_SECONDS", min=0, help="Time for a cancelled agent to end by itself.")
+    ] = ExecutorLimits().cancel_grace_seconds,
+    drain_seconds: Annotated[
+        float, typer.Option(envvar="ACP_DRAIN_SECONDS", min=0, help="Time for running turns after SIGTERM.")
+    ] = 10.0,
+    max_title_characters: Annotated[
+        int, typer.Option(envvar="ACP_MAX_TITLE_CHARACTERS", min=1, help="Longest title.")
+    ] = RequestLimits().title_characters,
+    max_metadata_bytes: Annotated[
+        int, typer.Option(envvar="ACP_MAX_METADATA_BYTES", min=2, help="Largest metadata.")
+    ] = RequestLimits().metadata_bytes,
+    allow_plaintext: Annotated[
+        bool, typer.Option(envvar="ACP_ALLOW_PLAINTEXT", help="Listen unencrypted on an address that is not loopback.")
+    ] = False,
+    ready_file: Annotated[
+        Path | None, typer.Option(help="Written once calls are answered: {\"grpc_target\", \"pid\"} as JSON.")
+    ] = None,
+    stop_with_stdin: Annotated[
+        bool, typer.Option(help="Stop when standard input ends, as it does when the parent process dies.")
+    ] = False,
+    log_level: Annotated[str, typer.Option(envvar="ACP_LOG_LEVEL", help="debug, info, warning or error.")] = "info",
+) -> None:
+    """Serve RunService until SIGTERM or Ctrl-C, then drain."""
+    _log_as_json(log_level)
+    try:
+        if service_token_file is not None:
+            service_token = service_token_file.read_text().strip()
+        config = RuntimeConfig(
+            data_dir=data_dir,
+            service_token=service_token,
+            listen=listen,
+            servers=servers,
+            allow_plaintext=allow_plaintext,
+            drain_seconds=drain_seconds,
+            executor=ExecutorLimits(max_turns, max_queued_turns, max_attempts, cancel_grace_seconds),
+            requests=RequestLimits(max_title_characters, max_metadata_bytes),
+        )
+        uvloop.run(_serve(config, ready_file, stop_with_stdin))
+    except (SettingError, ConfigurationError, StoreUnavailable, OSError) as error:
+        print(f"runtime_service: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+async def _serve(config: RuntimeConfig, ready_file: Path | None, stop_with_stdin: bool) -> None:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    if stop_with_stdin:
+        loop.add_reader(sys.stdin.fileno(), _on_stdin, loop, stop)
+    async with RuntimeServer(config) as server:
+        host = config.listen.rpartition(":")[0]
+        target = f"{host}:{server.port}"
+        # What is there by now stays; the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 20)
+        if ready_file is not None:
+            temporary = ready_file.with_name(ready_file.name + ".new")
+            temporary.write_text(json.dumps({"grpc_target": target, "pid": os.getpid()}))
+            temporary.replace(ready_file)
+        logging.getLogger(__name__).info("serving RunService at %s", target)
+        await stop.wait()
+        logging.getLogger(__name__).info("stopping")
+
+
+def _on_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+    if not os.read(sys.stdin.fileno(), 4096):
+        loop.remove_reader(sys.stdin.fileno())
+        stop.set()
+
+
+def _log_as_json(level: str) -> None:
+    formatter = structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=[structlog.stdlib.add_log_level, structlog.stdlib.add_logger_name],
+        processors=[
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(serializer=lambda event, **_: msgspec.json.encode(event).decode()),
+        ],
+    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatter)
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="acp-runtime")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""The kinds of agents, and what an agent of one's own yields."""
+
+from runtime_service.agents.base import (
+    Agent,
+    AgentError,
+    AgentOutput,
+    Delta,
+    HistoryMessage,
+    Log,
+    Message,
+    ToolCall,
+    ToolResult,
+    TurnContext,
+)
+
+__all__ = [
+    "Agent",
+    "AgentError",
+    "AgentOutput",
+    "Delta",
+    "HistoryMessage",
+    "Log",
+    "Message",
+    "ToolCall",
+    "ToolResult",
+    "TurnContext",
+]

@@ -1,0 +1,144 @@
+"""What an agent is: something that turns a `TurnContext` into a stream of `AgentOutput`.
+
+Knows nothing of stores, executors or gRPC. A kind of agent is a subclass of `Agent` in a file of this folder.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from typing import Any, ClassVar, TypeAlias
+
+import msgspec
+
+from runtime_service.runs import EventRole, LogLevel
+
+
+class Message(msgspec.Struct, frozen=True):
+    """A whole message. After deltas it is their end: its content is the complete text of the same event.
+
+    `metadata` becomes the event's JSON object (usage, model, finish reason …).
+    """
+
+    content: str
+    metadata: Mapping[str, Any] | None = None
+    role: EventRole = EventRole.ASSISTANT
+
+
+class Delta(msgspec.Struct, frozen=True):
+    """The next piece of the message in the making: shown at once, stored only by the `Message` that ends it."""
+
+    text: str
+
+
+class Log(msgspec.Struct, frozen=True):
+    """An entry of the execution log; `type` becomes `logType`."""
+
+    content: str
+    level: LogLevel = LogLevel.INFO
+    type: str | None = None
+    metadata: Mapping[str, Any] | None = None
+
+
+class ToolCall(msgspec.Struct, frozen=True):
+    """The agent calls a tool: an execution log entry `tool_call`."""
+
+    name: str
+    arguments: Mapping[str, Any] = {}
+    id: str | None = None
+
+
+class ToolResult(msgspec.Struct, frozen=True):
+    """What a tool answered: an execution log entry `tool_result`, level error when it failed."""
+
+    name: str
+    content: str
+    id: str | None = None
+    failed: bool = False
+
+
+AgentOutput: TypeAlias = Message | Delta | Log | ToolCall | ToolResult
+
+
+class HistoryMessage(msgspec.Struct, frozen=True):
+    """One earlier message of the thread."""
+
+    role: EventRole
+    content: str
+
+
+class TurnContext:
+    """What an agent is told of the turn that it executes."""
+
+    __slots__ = ("_read_history", "attempt", "input", "metadata", "run_id", "server_id", "thread_id", "turn")
+
+    def __init__(
+        self,
+        *,
+        input: str,
+        metadata: Mapping[str, Any],
+        run_id: str = "",
+        thread_id: str = "",
+        server_id: str = "",
+        turn: int = 1,
+        attempt: int = 1,
+        read_history: Callable[[], Awaitable[list[HistoryMessage]]] | None = None,
+    ) -> None:
+        self.input = input
+        """What the caller says."""
+        self.metadata = metadata
+        """The caller's JSON object; empty when there is none."""
+        self.run_id = run_id
+        self.thread_id = thread_id
+        self.server_id = server_id
+        self.turn = turn
+        """1 for the start, 2 for the first continue …"""
+        self.attempt = attempt
+        """1, and one more each time that the turn had to be begun again."""
+        self._read_history = read_history
+
+    async def history(self) -> list[HistoryMessage]:
+        """Return the user and assistant messages of the earlier turns, oldest first; not this turn's input."""
+        return [] if self._read_history is None else await self._read_history()
+
+
+class AgentError(Exception):
+    """Raised by an agent whose turn failed for a reason that the caller may read and can act on.
+
+    `code` is one upper-case word, such as MODEL_TIMEOUT; it becomes the run's error code. Any other exception
+    fails the turn too, but tells the caller no more than its type.
+    """
+
+    def __init__(self, message: str, code: str = "AGENT_FAILED") -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code
+
+
+class Agent(ABC):
+    """A kind of agent with its options. One instance a server; it may be asked for many turns at once.
+
+    `Options` is the msgspec struct of the `options` table in servers.toml; it is checked when the file is read.
+    """
+
+    Options: ClassVar[type[msgspec.Struct]]
+
+    session_protocol: ClassVar[str] = "in-process"
+    """The protocol by which the runtime talks to the agent; callers read it as `sessionProtocol`."""
+
+    repeatable: bool = True
+    """Whether a turn may be begun again when its runtime was lost in the middle of it."""
+
+    def unavailable_reason(self) -> str | None:
+        """Return why turns cannot be executed here and what to do about it, or None when they can. Cheap."""
+        return None
+
+    @abstractmethod
+    def run(self, turn: TurnContext) -> AsyncGenerator[AgentOutput]:
+        """Execute one turn: an async generator of what the agent says, ended by returning.
+
+        Cancelled by `CancelledError`, raised where it awaits; it has a few seconds to clean up.
+        Raises AgentError for a failure that the caller can act on.
+        """
+
+    async def close(self) -> None:
+        """Release what the agent holds; no turn is running any more."""
+        return

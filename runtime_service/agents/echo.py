@@ -1,0 +1,38 @@
+"""The `echo` agent: says the input back word by word, then whole. For wiring and benchmarks."""
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator
+from typing import Annotated
+
+import msgspec
+
+from runtime_service.agents.base import Agent, AgentOutput, Delta, Message, TurnContext
+
+
+class EchoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`messages`: how often the input is said; `word_delay_seconds`: the pause before each word."""
+
+    messages: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 1
+    word_delay_seconds: Annotated[float, msgspec.Meta(ge=0, le=60)] = 0
+
+
+class EchoAgent(Agent):
+    """Deltas of one word each, then the whole message; `messages` times over."""
+
+    Options = EchoOptions
+
+    def __init__(self, options: EchoOptions) -> None:
+        self._options = options
+
+    async def run(self, turn: TurnContext) -> AsyncGenerator[AgentOutput]:
+        """Say the input back."""
+        words = [Delta(word) for word in re.findall(r"\s*\S+\s*", turn.input)]
+        message = Message(turn.input)
+        delay = self._options.word_delay_seconds
+        for _ in range(self._options.messages):
+            for word in words:
+                if delay:
+                    await asyncio.sleep(delay)
+                yield word
+            yield message

@@ -1,0 +1,83 @@
+"""What can go wrong with a request, in the domain's own words; no gRPC in them.
+
+`reason` is the one word that callers of both doors read (`code` in REST, `ErrorInfo.reason` in gRPC); the
+message is for a person and may be shown to any caller.
+"""
+
+from typing import ClassVar
+
+
+class RunServiceError(Exception):
+    """Base of all refusals. `retry_after_seconds` is set where trying again may help."""
+
+    reason: ClassVar[str]
+    retry_after_seconds: float | None = None
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class InvalidRequest(RunServiceError):
+    """A field does not hold what it must; `field` is its name in the gRPC request."""
+
+    reason = "VALIDATION_FAILED"
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field} {message}")
+        self.field = field
+        self.description = message
+
+
+class ServerNotFound(RunServiceError):
+    """No such server in the caller's organization."""
+
+    reason = "SERVER_NOT_FOUND"
+
+
+class RunNotFound(RunServiceError):
+    """No such run of that server in the caller's organization."""
+
+    reason = "RUN_NOT_FOUND"
+
+    def __init__(self, run_id: str) -> None:
+        super().__init__(f"There is no run {run_id!r} on this server.")
+
+
+class CapacityExceeded(RunServiceError):
+    """The queue is full."""
+
+    reason = "CAPACITY_EXCEEDED"
+
+    def __init__(self, message: str, retry_after_seconds: float) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class AgentUnavailable(RunServiceError):
+    """The server's agent cannot run here; the message says what to do."""
+
+    reason = "AGENT_UNAVAILABLE"
+
+
+class StoreUnavailable(RunServiceError):
+    """The store does not take writes; nothing was accepted."""
+
+    reason = "STORE_UNAVAILABLE"
+    retry_after_seconds = 5.0
+
+
+class Draining(RunServiceError):
+    """This runtime is stopping."""
+
+    reason = "DRAINING"
+    retry_after_seconds = 1.0
+
+    def __init__(self) -> None:
+        super().__init__("The runtime service is stopping; ask again in a moment.")
+
+
+class Unauthenticated(RunServiceError):
+    """The call does not carry the service token."""
+
+    reason = "UNAUTHENTICATED"

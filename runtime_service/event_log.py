@@ -1,0 +1,265 @@
+"""Following a run: replay from the store, then live.
+
+A follower is a cursor into the log and a wake-up; nothing is queued for it. What it lacks it takes from the run's
+tail, the newest events kept in memory once for all followers, or, where that no longer reaches back, from the
+store. So a slow follower costs nobody anything and loses nothing. Text of an event in the making lives in one
+`Draft` a run; each follower is sent what it has not had of it.
+
+Knows the store and the domain; neither agents nor gRPC.
+"""
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import AsyncGenerator
+from typing import NamedTuple
+
+import msgspec
+
+from runtime_service.errors import Draining
+from runtime_service.runs import TERMINAL, Run, RunEvent, RunStatus
+from runtime_service.store.base import Change, RunStore
+
+BATCH_EVENTS = 1_000
+BATCH_BYTES = 1 << 20
+_TAIL_EVENTS = 1_000
+_TAIL_BYTES = 1 << 18
+_VIEWS = 32
+
+
+class Delta(NamedTuple):
+    """A piece of the text of event `sequence`, from `offset` code points on."""
+
+    sequence: int
+    offset: int
+    text: str
+
+
+class Update(msgspec.Struct, frozen=True):
+    """What is new to a follower; `run` is set on the first update, when its status changed, and on the last."""
+
+    run: Run | None = None
+    events: tuple[RunEvent, ...] = ()
+    delta: Delta | None = None
+
+
+class FollowOptions(msgspec.Struct, frozen=True):
+    """`turn`: end with that turn, not with the run. `collect`: say nothing before the end, then its events only."""
+
+    turn: int | None = None
+    deltas: bool = False
+    collect: bool = False
+    wait_seconds: float | None = None
+
+
+class Draft:
+    """The text of an event that is not complete yet, in the pieces in which it came.
+
+    `sequence` is the one that the event will have, as far as is known.
+    """
+
+    __slots__ = ("parts", "sequence")
+
+    def __init__(self, sequence: int) -> None:
+        self.sequence = sequence
+        self.parts: list[str] = []
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self.parts)
+
+
+class _DraftCursor:
+    """How much of which draft a follower has had."""
+
+    __slots__ = ("draft", "offset", "part", "sequence")
+
+    def __init__(self) -> None:
+        self.draft: Draft | None = None
+        self.sequence = self.part = self.offset = 0
+
+    def advance(self, draft: Draft | None) -> Delta | None:
+        if draft is None:
+            return None
+        if draft is not self.draft or draft.sequence != self.sequence:
+            self.draft, self.sequence = draft, draft.sequence
+            self.part = self.offset = 0
+        if self.part == len(draft.parts):
+            return None
+        text = "".join(draft.parts[self.part :])
+        delta = Delta(self.sequence, self.offset, text)
+        self.part = len(draft.parts)
+        self.offset += len(text)
+        return delta
+
+
+class _LiveRun:
+    """What is known here of a run that is executed or followed here.
+
+    `views` holds the run as it shows each turn (0: its latest), as far as known; a view that is missing is read
+    from the store. `last_sequence` is the newest that was published.
+    """
+
+    __slots__ = ("draft", "followers", "held", "last_sequence", "tail", "tail_bytes", "version", "views")
+
+    def __init__(self) -> None:
+        self.followers: dict[asyncio.Event, bool] = {}
+        self.held = 0
+        self.views: dict[int, Run] = {}
+        self.version = 0
+        self.last_sequence = 0
+        self.tail: deque[RunEvent] = deque()
+        self.tail_bytes = 0
+        self.draft: Draft | None = None
+
+    def publish(self, change: Change) -> None:
+        run = change.run
+        self.views[run.turn.number] = run
+        if run.turn.number == run.last_turn:
+            self.views[0] = run
+        if len(self.views) > _VIEWS:
+            del self.views[min(number for number in self.views if number)]
+        self.last_sequence = max(self.last_sequence, run.last_sequence)
+        self.version += 1
+        tail = self.tail
+        if tail and change.events and change.events[0].sequence != tail[-1].sequence + 1:
+            tail.clear()
+            self.tail_bytes = 0
+        for event in change.events:
+            tail.append(event)
+            self.tail_bytes += len(event.content)
+        while len(tail) > _TAIL_EVENTS or (self.tail_bytes > _TAIL_BYTES and len(tail) > 1):
+            self.tail_bytes -= len(tail.popleft().content)
+        self.wake()
+
+    def wake(self) -> None:
+        for event in self.followers:
+            event.set()
+
+    def tail_after(self, sequence: int) -> tuple[RunEvent, ...]:
+        """Return the events after `sequence` if the tail reaches back that far, else nothing."""
+        tail = self.tail
+        if not tail or tail[0].sequence > sequence + 1:
+            return ()
+        skip = sequence + 1 - tail[0].sequence
+        return tuple(tail) if skip == 0 else tuple(tail)[skip:]
+
+
+class EventLog:
+    """All followers of all runs in this process."""
+
+    def __init__(self, store: RunStore) -> None:
+        self._store = store
+        self._live: dict[str, _LiveRun] = {}
+        self._closed = False
+
+    def hold(self, run_id: str) -> None:
+        """Keep the run's tail from now on: it is about to be executed here. Ended by `let_go`."""
+        self._live.setdefault(run_id, _LiveRun()).held += 1
+
+    def let_go(self, run_id: str) -> None:
+        """Undo one `hold`."""
+        live = self._live[run_id]
+        live.held -= 1
+        self._forget_if_idle(run_id, live)
+
+    def publish(self, change: Change) -> None:
+        """Tell the followers of a change. It must be durable; changes of a run come in the store's order."""
+        live = self._live.get(change.run.id)
+        if live is not None:
+            live.publish(change)
+
+    def publish_settled(self, change: Change) -> None:
+        """As `publish`, for a change that settled other turns of the run, too: their views are read again."""
+        live = self._live.get(change.run.id)
+        if live is not None:
+            live.views.clear()
+            live.publish(change)
+
+    def show_draft(self, run_id: str, draft: Draft | None) -> None:
+        """Set the event in the making of a held run, or tell its followers that it has grown."""
+        live = self._live[run_id]
+        live.draft = draft
+        for event, deltas in live.followers.items():
+            if deltas:
+                event.set()
+
+    def close(self) -> None:
+        """End every follower with Draining."""
+        self._closed = True
+        for live in self._live.values():
+            live.wake()
+
+    async def follow(
+        self, run: Run, after: int, options: FollowOptions = FollowOptions()
+    ) -> AsyncGenerator[Update]:
+        """Yield what the log of `run` holds after sequence `after`, then what comes, until no turn is open.
+
+        `run` names the run, in whatever state it was read. Raises Draining when this process stops first.
+        """
+        loop = asyncio.get_running_loop()
+        live = self._live.setdefault(run.id, _LiveRun())
+        woken = asyncio.Event()
+        live.followers[woken] = options.deltas
+        timer, deadline = None, math.inf
+        if options.wait_seconds is not None:
+            deadline = loop.time() + options.wait_seconds
+            timer = loop.call_at(deadline, woken.set)
+        cursor = after
+        drafts = _DraftCursor()
+        told: tuple[int, RunStatus] | None = None
+        try:
+            while True:
+                woken.clear()
+                view = live.views.get(options.turn or 0) or await self._read_view(live, run, options.turn)
+                if self._closed:
+                    raise Draining
+                # In a view of an earlier turn the log may have grown behind it.
+                end = view.last_sequence if options.turn else max(view.last_sequence, live.last_sequence)
+                over = view.status in TERMINAL or loop.time() >= deadline
+                if over or not options.collect:
+                    while cursor < end:
+                        events = live.tail_after(cursor) or tuple(
+                            await self._store.read_events(run.id, cursor, BATCH_EVENTS, BATCH_BYTES)
+                        )
+                        if not events:
+                            break
+                        cursor = events[-1].sequence
+                        if options.collect:
+                            events = tuple(e for e in events if e.turn == options.turn)
+                        state = (view.turn.number, view.status)
+                        last = over and cursor >= end
+                        yield Update(view if last or state != told else None, events)
+                        told = state
+                        if last:
+                            return
+                    if over or told != (view.turn.number, view.status):
+                        yield Update(view)
+                        told = (view.turn.number, view.status)
+                    if over:
+                        return
+                    if options.deltas and (delta := drafts.advance(live.draft)) is not None:
+                        if delta.sequence > cursor:
+                            yield Update(delta=delta)
+                        continue
+                await woken.wait()
+        finally:
+            if timer is not None:
+                timer.cancel()
+            del live.followers[woken]
+            self._forget_if_idle(run.id, live)
+
+    async def _read_view(self, live: _LiveRun, run: Run, turn: int | None) -> Run:
+        while True:
+            version = live.version
+            view = await self._store.get_run(run.organization, run.server_id, run.id, turn)
+            if live.version == version:
+                live.views[turn or 0] = view
+                return view
+            if (known := live.views.get(turn or 0)) is not None:
+                return known
+
+    def _forget_if_idle(self, run_id: str, live: _LiveRun) -> None:
+        if not live.held and not live.followers and self._live.get(run_id) is live:
+            del self._live[run_id]

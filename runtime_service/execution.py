@@ -1,0 +1,327 @@
+"""One turn being executed: what its agent says becomes events, and its end an outcome.
+
+Everything that the agent has said and the store has not yet is `pending`; whatever becomes ready while a commit
+is under way goes into the next one. Knows agents, the store and the event log; not who started it.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import aclosing
+from typing import Any, assert_never
+
+import msgspec
+
+from runtime_service.agents import AgentError, AgentOutput, Delta, HistoryMessage, Log, Message
+from runtime_service.agents import ToolCall, ToolResult, TurnContext
+from runtime_service.errors import StoreUnavailable
+from runtime_service.event_log import Draft, EventLog
+from runtime_service.registry import Server
+from runtime_service.runs import EventDraft, EventRole, LogLevel, Run, RunStatus, now_ms
+from runtime_service.store.base import Change, Outcome, RunStore, TurnKey, TurnLost, incomplete_event, log_event
+
+log = logging.getLogger(__name__)
+
+MAX_EVENT_BYTES = 1 << 20
+_MAX_PENDING_EVENTS = 500
+_MAX_PENDING_BYTES = 1 << 20
+_DRAFT_SECONDS = 1.0
+_HISTORY_MESSAGES = 1_000
+_STORE_RETRY_SECONDS = 1.0
+
+
+class Execution:
+    """A claimed turn, from its agent's first word to its settled outcome."""
+
+    def __init__(
+        self, run: Run, server: Server, store: RunStore, event_log: EventLog, publish: Callable[[Change], None]
+    ) -> None:
+        self.run = run
+        self._key = TurnKey(run.id, run.turn.number, run.turn.epoch)
+        self._server = server
+        self._store = store
+        self._event_log = event_log
+        self._publish = publish
+        self._last_sequence = run.last_sequence
+        self._pending: list[EventDraft] = []
+        self._pending_bytes = 0
+        self._in_flight = 0
+        self._flush_planned = False
+        self._flushing: asyncio.Task[None] | None = None
+        self._draft: Draft | None = None
+        self._draft_saved = 0
+        self._draft_timer: asyncio.TimerHandle | None = None
+        self._draft_saving: asyncio.Task[None] | None = None
+        self._output: str | None = None
+        self._lost = False
+
+    # What the executor calls
+
+    async def execute(self) -> None:
+        """Run the agent to its end and settle the turn. Cancelled, it leaves the turn as it is in the store."""
+        try:
+            outcome = await self._run_agent()
+            await self._settle(outcome)
+        except TurnLost:
+            log.info("turn %s of %s was settled or claimed elsewhere", self.run.turn.number, self.run.id)
+        finally:
+            self._lost = True
+            if self._draft_timer is not None:
+                self._draft_timer.cancel()
+
+    def log_grew(self, last_sequence: int) -> None:
+        """Learn the newest sequence of the run's log."""
+        self._last_sequence = max(self._last_sequence, last_sequence)
+        if self._draft is not None:
+            self._place_draft(self._draft)
+
+    def take_rest(self) -> tuple[list[EventDraft], str | None]:
+        """Stop listening to the agent; return what is not stored yet, and the turn's output so far."""
+        self._lost = True
+        events = self._take_pending()
+        output = self._output
+        if self._draft is not None:
+            output = self._draft.text
+            events.append(incomplete_event(output))
+            self._set_draft(None)
+        return events, output
+
+    def give_back(self, events: list[EventDraft]) -> None:
+        """Undo `take_rest`: what was to follow it did not happen."""
+        self._lost = False
+        self._pending = events + self._pending
+
+    async def release(self) -> None:
+        """Put the turn back into the queue; its task has ended."""
+        if self._flushing is not None:
+            await asyncio.wait([self._flushing])
+        events, _ = self.take_rest()
+        try:
+            self._publish(await self._store.release_turn(self._key, events))
+        except TurnLost:
+            return
+
+    # The agent
+
+    async def _run_agent(self) -> Outcome:
+        run, server = self.run, self._server
+        context = TurnContext(
+            input=run.turn.input,
+            metadata=json.loads(run.turn.metadata) if run.turn.metadata else {},
+            run_id=run.id,
+            thread_id=run.thread_id,
+            server_id=run.server_id,
+            turn=run.turn.number,
+            attempt=run.turn.attempt,
+            read_history=self._read_history,
+        )
+        limit = asyncio.timeout(server.turn_timeout_seconds)
+        try:
+            async with limit, aclosing(server.agent.run(context)) as outputs:
+                async for output in outputs:
+                    self._add(output)
+                    if len(self._pending) >= _MAX_PENDING_EVENTS or self._pending_bytes >= _MAX_PENDING_BYTES:
+                        await self._drain()
+        except AgentError as error:
+            return Outcome(RunStatus.FAILED, error=error.message, error_code=error.code)
+        except (TurnLost, asyncio.CancelledError):
+            raise
+        except TimeoutError as error:
+            if limit.expired():
+                seconds = server.turn_timeout_seconds
+                message = f"The turn took longer than the {seconds:g} s that the server {server.id!r} allows."
+                return Outcome(RunStatus.FAILED, error=message, error_code="TURN_TIMEOUT")
+            return _unexpected(run, error)
+        except Exception as error:  # noqa: BLE001 - the edge: whatever an agent raises is data
+            return _unexpected(run, error)
+        return Outcome(RunStatus.COMPLETED)
+
+    async def _read_history(self) -> list[HistoryMessage]:
+        number = self.run.turn.number
+        if number == 1:
+            return []
+        messages = await self._store.read_messages(self.run.id, number, _HISTORY_MESSAGES)
+        return [HistoryMessage(role, content) for role, content in messages]
+
+    def _add(self, output: AgentOutput) -> None:
+        if self._lost:
+            raise TurnLost
+        if isinstance(output, Delta):
+            self._grow_draft(output.text)
+            return
+        event = _event_from(output)
+        if isinstance(output, Message):
+            self._set_draft(None)
+            if output.role is EventRole.ASSISTANT:
+                self._output = event.content
+        self._append(event)
+        if self._draft is not None:
+            self._place_draft(self._draft)
+
+    def _append(self, event: EventDraft) -> None:
+        size = len(event.content) + len(event.metadata or b"")
+        if size > MAX_EVENT_BYTES // 4 and _utf8_bytes(event) > MAX_EVENT_BYTES:
+            raise AgentError(
+                f"The agent made an event of more than {MAX_EVENT_BYTES} bytes; say it in pieces.", "EVENT_TOO_LARGE"
+            )
+        self._pending.append(event)
+        self._pending_bytes += size
+        if self._flushing is None and not self._flush_planned:
+            # Not at once: what the agent says without awaiting shares a commit, its end included.
+            self._flush_planned = True
+            asyncio.get_running_loop().call_soon(self._begin_flush)
+
+    # The draft
+
+    def _grow_draft(self, text: str) -> None:
+        draft = self._draft
+        if draft is None:
+            draft = Draft(0)
+            self._place_draft(draft)
+            self._set_draft(draft)
+            if self._draft_timer is None:
+                self._draft_timer = asyncio.get_running_loop().call_later(_DRAFT_SECONDS, self._save_draft)
+        draft.parts.append(_storable(text))
+        self._event_log.show_draft(self.run.id, draft)
+
+    def _set_draft(self, draft: Draft | None) -> None:
+        if draft is not self._draft:
+            self._draft = draft
+            self._draft_saved = 0
+            self._event_log.show_draft(self.run.id, draft)
+
+    def _place_draft(self, draft: Draft) -> None:
+        draft.sequence = self._last_sequence + self._in_flight + len(self._pending) + 1
+
+    def _save_draft(self) -> None:
+        draft = self._draft
+        loop = asyncio.get_running_loop()
+        self._draft_timer = loop.call_later(_DRAFT_SECONDS, self._save_draft)
+        idle = self._draft_saving is None or self._draft_saving.done()
+        if draft is not None and len(draft.parts) > self._draft_saved and idle:
+            self._draft_saved = len(draft.parts)
+            self._draft_saving = loop.create_task(self._write_draft(draft.text))
+
+    async def _write_draft(self, text: str) -> None:
+        try:
+            await self._store.save_draft(self._key, text)
+        except StoreUnavailable:
+            self._draft_saved = 0
+
+    # The store
+
+    def _begin_flush(self) -> None:
+        self._flush_planned = False
+        if self._pending and self._flushing is None and not self._lost:
+            self._flushing = asyncio.create_task(self._flush())
+
+    async def _flush(self) -> None:
+        """Store what is pending until nothing is; one commit is under way at a time."""
+        try:
+            while self._pending and not self._lost:
+                events = self._take_pending()
+                self._in_flight = len(events)
+                try:
+                    change = await self._store.append_events(self._key, events)
+                except StoreUnavailable:
+                    self._pending[:0] = events
+                    self._in_flight = 0
+                    await asyncio.sleep(_STORE_RETRY_SECONDS)
+                    continue
+                self._in_flight = 0
+                self._publish(change)
+        except TurnLost:
+            self._lost = True
+        finally:
+            self._flushing = None
+
+    async def _drain(self) -> None:
+        """Wait until what was pending is stored."""
+        self._begin_flush()
+        while self._flushing is not None:
+            await asyncio.wait([self._flushing])
+        if self._lost:
+            raise TurnLost
+
+    async def _settle(self, outcome: Outcome) -> None:
+        # A flush that has not begun finds nothing left; one that is under way must end first.
+        events, last = self._last_events(outcome)
+        if self._flushing is not None and self._in_flight:
+            await asyncio.wait([self._flushing])
+        outcome = msgspec.structs.replace(outcome, output=last)
+        while True:
+            if self._lost:
+                raise TurnLost
+            try:
+                change = await self._store.finish_turn(self._key, events, outcome)
+                break
+            except StoreUnavailable:
+                await asyncio.sleep(_STORE_RETRY_SECONDS)
+        self._publish(change)
+
+    def _last_events(self, outcome: Outcome) -> tuple[list[EventDraft], str | None]:
+        if self._draft is not None and outcome.status is RunStatus.COMPLETED:
+            # An agent that only streams: the end of the turn is the end of its message.
+            self._add(Message(self._draft.text))
+        if outcome.status is RunStatus.COMPLETED:
+            return self._take_pending(), self._output
+        lost = self._lost
+        events, output = self.take_rest()
+        self._lost = lost
+        events.append(log_event("error", LogLevel.ERROR, outcome.error or ""))
+        return events, output
+
+    def _take_pending(self) -> list[EventDraft]:
+        events, self._pending = self._pending, []
+        self._pending_bytes = 0
+        return events
+
+
+def _unexpected(run: Run, error: Exception) -> Outcome:
+    log.error("the agent of %s failed in run %s", run.server_id, run.id, exc_info=error)
+    message = f"The agent raised {type(error).__name__}; the log of the runtime service has the details."
+    return Outcome(RunStatus.FAILED, error=message, error_code="AGENT_FAILED")
+
+
+def _event_from(output: Message | Log | ToolCall | ToolResult) -> EventDraft:
+    at = now_ms()
+    match output:
+        case Message(content, metadata, role):
+            return EventDraft(role, _storable(content), at, metadata=_json(metadata))
+        case Log(content, level, log_type, metadata):
+            return EventDraft(
+                EventRole.EXECUTION_LOG, _storable(content), at, log_type, level, _json(metadata)
+            )
+        case ToolCall(name, arguments, call_id):
+            metadata = {"name": name, "arguments": arguments} | ({"id": call_id} if call_id else {})
+            return EventDraft(
+                EventRole.EXECUTION_LOG, _storable(name), at, "tool_call", LogLevel.INFO, _json(metadata)
+            )
+        case ToolResult(name, content, call_id, failed):
+            metadata = {"name": name} | ({"id": call_id} if call_id else {})
+            level = LogLevel.ERROR if failed else LogLevel.SUCCESS
+            return EventDraft(
+                EventRole.EXECUTION_LOG, _storable(content), at, "tool_result", level, _json(metadata)
+            )
+    assert_never(output)
+
+
+def _storable(text: str) -> str:
+    """Return the text with what UTF-8 or a database cannot hold (lone surrogates, NUL) as U+FFFD."""
+    if text.isascii():
+        return text.replace("\0", "\ufffd") if "\0" in text else text
+    return text.replace("\0", "\ufffd").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _json(metadata: Mapping[str, Any] | None) -> bytes | None:
+    if metadata is None:
+        return None
+    try:
+        return msgspec.json.encode(dict(metadata))
+    except (TypeError, ValueError, RecursionError, OverflowError) as error:
+        raise AgentError(f"The agent made an event whose metadata is no JSON object: {error}.") from error
+
+
+def _utf8_bytes(event: EventDraft) -> int:
+    return len(event.content.encode()) + len(event.metadata or b"")

@@ -1,0 +1,285 @@
+"""Owns the tasks that execute turns: admit, run, cancel, drain.
+
+A run lives in a task of the executor, never in that of a request. The run table is the queue: a turn is stored as
+running when there is room, as queued when there is not, and claimed later. Knows no gRPC.
+"""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Awaitable
+from typing import Any
+
+import msgspec
+
+from runtime_service.errors import AgentUnavailable, CapacityExceeded, Draining, RunServiceError, StoreUnavailable
+from runtime_service.event_log import EventLog
+from runtime_service.execution import Execution
+from runtime_service.registry import Registry, Server
+from runtime_service.runs import LogLevel, RunStatus
+from runtime_service.store.base import Change, NewRun, NewTurn, Outcome, RunStore, TurnKey, TurnLost, log_event
+
+log = logging.getLogger(__name__)
+
+_CLAIM_BATCH = 64
+_STORE_RETRY_SECONDS = 1.0
+
+
+class ExecutorLimits(msgspec.Struct, frozen=True):
+    """`max_turns` run at once, `max_queued` wait. A cancelled agent has `cancel_grace_seconds` to end by itself."""
+
+    max_turns: int = 128
+    max_queued: int = 10_000
+    max_attempts: int = 3
+    cancel_grace_seconds: float = 5.0
+
+
+class Executor:
+    """Executes the turns of one store in this process."""
+
+    def __init__(self, store: RunStore, event_log: EventLog, registry: Registry, limits: ExecutorLimits) -> None:
+        self._store = store
+        self._event_log = event_log
+        self._registry = registry
+        self._limits = limits
+        self._executions: dict[str, Execution] = {}  # the newest of each run
+        self._tasks: dict[Execution, asyncio.Task[None]] = {}  # until it has ended, or was given up
+        self._occupied = 0  # running turns, and those that are being claimed
+        self._queued: Counter[str] = Counter()  # turns that wait, by run
+        self._queued_total = 0
+        self._admitting: set[asyncio.Future[Any]] = set()
+        self._claiming: asyncio.Task[None] | None = None
+        self._draining = False
+
+    async def start(self) -> None:
+        """Settle what an earlier process left behind, then execute what waits."""
+        changes = await self._store.recover(self._limits.max_attempts, self._may_repeat)
+        lost = sum(1 for change in changes if change.run.status is RunStatus.FAILED)
+        if changes:
+            log.warning("recovered %d turns: %d queued again, %d failed", len(changes), len(changes) - lost, lost)
+        self._queued.update(await self._store.queued_turns())
+        self._queued_total = self._queued.total()
+        self._claim_if_room()
+
+    # Requests
+
+    async def start_run(self, new: NewRun, server: Server) -> Change:
+        """Accept a run and see to its execution. Raises AgentUnavailable, CapacityExceeded, Draining.
+
+        Once accepted it is executed, whatever becomes of the caller's task.
+        """
+        claim = self._admit(server)
+        return await self._accepted(self._store.start_run(new, claim=claim), claim)
+
+    async def continue_run(self, new: NewTurn, server: Server) -> Change:
+        """Accept the next input of a run. As `start_run`, and raises RunNotFound."""
+        claim = self._admit(server)
+        return await self._accepted(self._store.continue_run(new, claim=claim), claim)
+
+    async def cancel_run(self, organization: str, server_id: str, run_id: str) -> Change:
+        """Cancel every open turn of a run; returns once that is written down. Raises RunNotFound."""
+        cancel = asyncio.ensure_future(self._cancel(organization, server_id, run_id))
+        self._admitting.add(cancel)
+        cancel.add_done_callback(self._admitting.discard)
+        return await asyncio.shield(cancel)
+
+    async def drain(self, grace_seconds: float) -> None:
+        """Take no more work, give running turns the grace period, put the rest back into the queue."""
+        self._draining = True
+        if self._admitting:
+            await asyncio.wait(self._admitting)
+        if self._claiming is not None:
+            await asyncio.wait([self._claiming])
+        if self._tasks:
+            await asyncio.wait(self._tasks.values(), timeout=grace_seconds)
+        left = dict(self._tasks)
+        for task in left.values():
+            task.cancel()
+        if left:
+            await asyncio.wait(left.values(), timeout=self._limits.cancel_grace_seconds)
+            log.info("%d turns go back to the queue", len(left))
+            await asyncio.gather(*(execution.release() for execution in left))
+
+    # Admission
+
+    def _admit(self, server: Server) -> bool:
+        """Return whether the turn is claimed at once; reserves its room if so."""
+        if self._draining:
+            raise Draining
+        if (reason := server.agent.unavailable_reason()) is not None:
+            raise AgentUnavailable(reason)
+        if self._occupied < self._limits.max_turns and not self._queued_total:
+            self._occupied += 1
+            return True
+        if self._queued_total + len(self._admitting) >= self._limits.max_queued:
+            raise CapacityExceeded(
+                f"{self._queued_total} turns are waiting already; try again in a moment.", retry_after_seconds=1.0
+            )
+        return False
+
+    async def _accepted(self, write: Awaitable[Change], claim: bool) -> Change:
+        accepted = asyncio.ensure_future(write)
+        self._admitting.add(accepted)
+        accepted.add_done_callback(self._on_accepted if claim else self._on_queued)
+        return await asyncio.shield(accepted)
+
+    def _on_accepted(self, accepted: asyncio.Future[Change]) -> None:
+        """A turn that had room was stored, or not."""
+        self._admitting.discard(accepted)
+        if accepted.cancelled() or accepted.exception() is not None:
+            self._vacate()
+        elif accepted.result().run.status is RunStatus.RUNNING:
+            self._launch(accepted.result())
+        else:
+            self._note_queued(accepted.result())
+            self._vacate()
+
+    def _on_queued(self, accepted: asyncio.Future[Change]) -> None:
+        self._admitting.discard(accepted)
+        if not accepted.cancelled() and accepted.exception() is None:
+            self._note_queued(accepted.result())
+            self._claim_if_room()
+
+    def _note_queued(self, change: Change) -> None:
+        self._queued[change.run.id] += 1
+        self._queued_total += 1
+        self._publish(change)
+
+    # Claiming
+
+    def _vacate(self) -> None:
+        self._occupied -= 1
+        self._claim_if_room()
+
+    def _claim_if_room(self) -> None:
+        if self._claiming is None and self._queued_total and not self._draining:
+            self._claiming = asyncio.create_task(self._claim())
+            self._claiming.add_done_callback(self._on_claim_end)
+
+    def _on_claim_end(self, claiming: asyncio.Task[None]) -> None:
+        self._claiming = None
+        if not claiming.cancelled() and (error := claiming.exception()) is not None:
+            log.error("claiming queued turns failed; trying again", exc_info=error)
+            asyncio.get_running_loop().call_later(_STORE_RETRY_SECONDS, self._claim_if_room)
+
+    async def _claim(self) -> None:
+        while not self._draining:
+            room = min(self._limits.max_turns - self._occupied, _CLAIM_BATCH)
+            if room <= 0 or not self._queued_total:
+                return
+            self._occupied += room
+            changes: list[Change] = []
+            try:
+                changes = await self._store.claim_turns(room)
+            except StoreUnavailable:
+                await asyncio.sleep(_STORE_RETRY_SECONDS)
+                continue
+            finally:
+                self._occupied -= room - len(changes)
+            if not changes:
+                return  # what waits, waits for an earlier turn of its run
+            for change in changes:
+                self._forget_queued(change.run.id, 1)
+                self._launch(change)
+
+    def _forget_queued(self, run_id: str, count: int) -> None:
+        count = min(count, self._queued[run_id])
+        self._queued_total -= count
+        self._queued[run_id] -= count
+        if not self._queued[run_id]:
+            del self._queued[run_id]
+
+    # Execution
+
+    def _launch(self, change: Change) -> None:
+        run = change.run
+        server = self._registry.executor_of(run.server_id)
+        self._event_log.hold(run.id)
+        self._publish(change)
+        if server is None:
+            failing = asyncio.ensure_future(self._fail_undeclared(change))
+            failing.add_done_callback(lambda _: self._free_room(run.id))
+            return
+        execution = Execution(run, server, self._store, self._event_log, self._publish)
+        self._executions[run.id] = execution
+        task = self._tasks[execution] = asyncio.create_task(execution.execute())
+        task.add_done_callback(lambda task: self._on_end(execution, task))
+
+    def _on_end(self, execution: Execution, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("executing a turn of %s broke off", execution.run.id, exc_info=error)
+        self._forget(execution)
+
+    def _forget(self, execution: Execution) -> None:
+        """Free the room of an execution, once: when it has ended or was given up."""
+        if self._tasks.pop(execution, None) is None:
+            return
+        run_id = execution.run.id
+        if self._executions.get(run_id) is execution:
+            del self._executions[run_id]
+        self._free_room(run_id)
+
+    def _free_room(self, run_id: str) -> None:
+        self._event_log.let_go(run_id)
+        self._vacate()
+
+    async def _fail_undeclared(self, change: Change) -> None:
+        run = change.run
+        error = f"The server {run.server_id!r} is not declared any more."
+        outcome = Outcome(RunStatus.FAILED, error=error, error_code="SERVER_NOT_FOUND")
+        try:
+            self._publish(
+                await self._store.finish_turn(
+                    TurnKey(run.id, run.turn.number, run.turn.epoch),
+                    [log_event("error", LogLevel.ERROR, error)],
+                    outcome,
+                )
+            )
+        except TurnLost:
+            return
+
+    async def _cancel(self, organization: str, server_id: str, run_id: str) -> Change:
+        execution = self._executions.get(run_id)
+        if execution is not None and (execution.run.organization, execution.run.server_id) != (
+            organization,
+            server_id,
+        ):
+            execution = None
+        events, output = execution.take_rest() if execution is not None else ([], None)
+        try:
+            change = await self._store.cancel_run(organization, server_id, run_id, events, output)
+        except RunServiceError:
+            if execution is not None:
+                execution.give_back(events)
+            raise
+        if change.events:
+            self._forget_queued(run_id, self._queued[run_id])
+            self._event_log.publish_settled(change)
+            if execution is not None:
+                self._end_agent(execution)
+        return change
+
+    def _end_agent(self, execution: Execution) -> None:
+        """Cancel the agent of a settled turn; when it does not end in time, do without."""
+        task = self._tasks.get(execution)
+        if task is not None:
+            task.cancel()
+            grace = self._limits.cancel_grace_seconds
+            giving_up = asyncio.get_running_loop().call_later(grace, self._give_up, execution)
+            task.add_done_callback(lambda _: giving_up.cancel())
+
+    def _give_up(self, execution: Execution) -> None:
+        log.warning("the agent of %s did not end after its cancel; it is left behind", execution.run.id)
+        self._forget(execution)
+
+    def _publish(self, change: Change) -> None:
+        execution = self._executions.get(change.run.id)
+        if execution is not None:
+            execution.log_grew(change.run.last_sequence)
+        self._event_log.publish(change)
+
+    def _may_repeat(self, server_id: str) -> bool:
+        server = self._registry.executor_of(server_id)
+        return server is not None and server.agent.repeatable
+
+

@@ -1,0 +1,146 @@
+"""The edge between the domain's errors and gRPC: interceptor, status table, and the service token.
+
+A domain error becomes a google.rpc.Status with exactly one ErrorInfo (AIP-193); anything else an opaque INTERNAL.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_health.v1.health_pb2 import DESCRIPTOR as HEALTH
+
+from runtime_service import errors
+
+log = logging.getLogger(__name__)
+
+DOMAIN = "acp.runs.v1"
+_STATUS: dict[type[errors.RunServiceError], grpc.StatusCode] = {
+    errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.ServerNotFound: grpc.StatusCode.NOT_FOUND,
+    errors.RunNotFound: grpc.StatusCode.NOT_FOUND,
+    errors.CapacityExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.AgentUnavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.StoreUnavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.Draining: grpc.StatusCode.UNAVAILABLE,
+    errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+}
+_HEALTH_PREFIX = f"/{HEALTH.package}.Health/"
+
+
+def status_of(error: errors.RunServiceError) -> status_pb2.Status:
+    """Return the error as gRPC callers get it."""
+    details: list[Any] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
+    if isinstance(error, errors.InvalidRequest):
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=error.field, description=error.description
+        )
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if error.retry_after_seconds is not None:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(int(error.retry_after_seconds * 1000))
+        details.append(retry)
+    status = status_pb2.Status(code=_STATUS[type(error)].value[0], message=error.message)
+    for detail in details:
+        packed = any_pb2.Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:
+    if isinstance(error, errors.RunServiceError):
+        status, code = status_of(error), _STATUS[type(error)]
+    else:
+        log.error("a call failed", exc_info=error)
+        info = any_pb2.Any()
+        info.Pack(error_details_pb2.ErrorInfo(reason="INTERNAL", domain=DOMAIN))
+        status = status_pb2.Status(
+            code=code_pb2.INTERNAL, message="The runtime service failed; its log has the details.", details=[info]
+        )
+        code = grpc.StatusCode.INTERNAL
+    trailer = (("grpc-status-details-bin", status.SerializeToString()),)
+    await context.abort(code, status.message, trailer)
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps every handler once, so that what it raises becomes a status; refuses calls without the token."""
+
+    def __init__(self, service_token: str) -> None:
+        self._expected = f"Bearer {service_token}".encode()
+        self._wrapped: dict[str, grpc.RpcMethodHandler[Any, Any] | None] = {}
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """Return the wrapped handler of the call's method, or one that refuses the call."""
+        method: str = handler_call_details.method
+        if method not in self._wrapped:
+            handler = await continuation(handler_call_details)
+            if handler is None:
+                return handler
+            self._wrapped[method] = _wrap(handler)
+        wrapped = self._wrapped[method]
+        assert wrapped is not None
+        if not self._has_token(handler_call_details) and not method.startswith(_HEALTH_PREFIX):
+            return _refusing(wrapped)
+        return wrapped
+
+    def _has_token(self, details: grpc.HandlerCallDetails) -> bool:
+        for key, value in details.invocation_metadata:
+            if key == "authorization":
+                given = value if isinstance(value, bytes) else value.encode()
+                return hmac.compare_digest(given, self._expected)
+        return False
+
+
+def _wrap(handler: Any) -> grpc.RpcMethodHandler[Any, Any]:
+    if handler.unary_unary is not None:
+        return handler._replace(unary_unary=_guard_unary(handler.unary_unary))
+    if handler.unary_stream is not None:
+        return handler._replace(unary_stream=_guard_stream(handler.unary_stream))
+    return handler  # reflection: a stream of requests, its errors its own
+
+
+def _guard_unary(behaviour: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            return await behaviour(request, context)
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
+            await _abort(context, error)
+
+    return guarded
+
+
+def _guard_stream(behaviour: Callable[..., AsyncIterator[Any]]) -> Callable[..., Awaitable[None]]:
+    # Writing to the context costs less than being iterated over.
+    async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        responses = behaviour(request, context)
+        try:
+            async for response in responses:
+                await context.write(response)
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
+            await _abort(context, error)
+        finally:
+            await responses.aclose()  # type: ignore[attr-defined]
+
+    return guarded
+
+
+def _refusing(handler: Any) -> grpc.RpcMethodHandler[Any, Any]:
+    async def refuse(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        await _abort(context, errors.Unauthenticated("The call needs the service token: authorization: Bearer TOKEN."))
+
+    kinds = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
+    return handler._replace(**{kind: refuse for kind in kinds if getattr(handler, kind) is not None})

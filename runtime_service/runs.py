@@ -1,0 +1,147 @@
+"""The domain: runs, turns and the events of their log, as values that never change.
+
+Knows no gRPC, no store and no agent. Times are milliseconds since the Unix epoch; `metadata` is the JSON
+text of an object exactly as it came.
+"""
+
+import secrets
+import time
+from enum import StrEnum
+
+import msgspec
+
+
+class RunStatus(StrEnum):
+    """Where a turn stands; a run shows its latest turn's."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+TERMINAL = frozenset({RunStatus.COMPLETED, RunStatus.FAILED, RunStatus.CANCELLED})
+
+ALLOWED: dict[RunStatus, frozenset[RunStatus]] = {
+    # A queued turn fails without having run when its agent is gone; a running one is queued again when its
+    # runtime was lost or drained.
+    RunStatus.QUEUED: frozenset({RunStatus.RUNNING, RunStatus.FAILED, RunStatus.CANCELLED}),
+    RunStatus.RUNNING: TERMINAL | {RunStatus.QUEUED},
+    RunStatus.COMPLETED: frozenset(),
+    RunStatus.FAILED: frozenset(),
+    RunStatus.CANCELLED: frozenset(),
+}
+"""Which status may follow which."""
+
+
+class RunMode(StrEnum):
+    """Whether the caller that opened a turn waits for its end."""
+
+    SYNC = "sync"
+    ASYNC = "async"
+
+
+class EventRole(StrEnum):
+    """Who speaks in an event."""
+
+    USER = "user"
+    ASSISTANT = "assistant"
+    SYSTEM = "system"
+    EXECUTION_LOG = "execution_log"
+
+
+class LogLevel(StrEnum):
+    """How an event is to be shown."""
+
+    INFO = "info"
+    WARN = "warn"
+    ERROR = "error"
+    SUCCESS = "success"
+    WARNING = "warning"
+
+
+class EventDraft(msgspec.Struct, frozen=True):
+    """An event before the store has given it its place in the log."""
+
+    role: EventRole
+    content: str
+    created_at_ms: int
+    log_type: str | None = None
+    log_level: LogLevel | None = None
+    metadata: bytes | None = None
+
+
+class RunEvent(msgspec.Struct, frozen=True):
+    """One entry of a run's log: `sequence` is 1, 2, 3 … within the run, across turns."""
+
+    sequence: int
+    turn: int
+    role: EventRole
+    content: str
+    created_at_ms: int
+    log_type: str | None = None
+    log_level: LogLevel | None = None
+    metadata: bytes | None = None
+
+
+class Turn(msgspec.Struct, frozen=True):
+    """One input and what became of it.
+
+    `attempt` counts how often an agent was started on it. `epoch` goes up by one with each claim: a write under
+    an older epoch than the stored one changes nothing.
+    """
+
+    number: int
+    status: RunStatus
+    mode: RunMode
+    input: str
+    first_sequence: int
+    created_at_ms: int
+    output: str | None = None
+    error: str | None = None
+    error_code: str | None = None
+    metadata: bytes | None = None
+    completed_at_ms: int | None = None
+    attempt: int = 0
+    epoch: int = 0
+
+
+class Run(msgspec.Struct, frozen=True):
+    """A conversation with one agent runtime, showing one of its turns: the latest unless said otherwise."""
+
+    id: str
+    organization: str
+    server_id: str
+    created_at_ms: int
+    updated_at_ms: int
+    message_count: int
+    last_sequence: int
+    last_turn: int
+    turn: Turn
+    title: str | None = None
+    thread_metadata: bytes | None = None
+
+    @property
+    def status(self) -> RunStatus:
+        """Status of the turn shown."""
+        return self.turn.status
+
+    @property
+    def thread_id(self) -> str:
+        """A run has one thread, made with it and named alike."""
+        return "thread_" + self.id.removeprefix("run_")
+
+    def event_id(self, sequence: int) -> str:
+        """Return the id of the event at `sequence`: unique, and the same at every reading."""
+        return f"event_{self.id.removeprefix('run_')}_{sequence}"
+
+
+def new_run_id() -> str:
+    """Return `run_` and 32 hex digits that sort by time: 48 bits of milliseconds, then 80 random bits."""
+    return f"run_{now_ms():012x}{secrets.token_hex(10)}"
+
+
+def now_ms() -> int:
+    """Return the time in milliseconds since the Unix epoch."""
+    return time.time_ns() // 1_000_000

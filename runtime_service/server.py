@@ -1,0 +1,87 @@
+"""Composition of the runtime service: store, executor, servicer, health, reflection, and their lives."""
+
+import asyncio
+import logging
+from types import TracebackType
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from protos.acp.runs.v1 import run_service_pb2, run_service_pb2_grpc
+from runtime_service.config import RuntimeConfig, SettingError
+from runtime_service.event_log import EventLog
+from runtime_service.executor import Executor
+from runtime_service.registry import Registry, load_registry
+from runtime_service.rpc_errors import ErrorInterceptor
+from runtime_service.service import RunService
+from runtime_service.store.base import RunStore
+from runtime_service.store.sqlite import SQLiteStore
+
+log = logging.getLogger(__name__)
+
+SERVICE = run_service_pb2.DESCRIPTOR.services_by_name["RunService"].full_name
+MAX_MESSAGE_BYTES = 8 << 20
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.so_reuseport", 0),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+)
+
+
+class RuntimeServer:
+    """The runtime service, from its open store to its closed one; an async context manager.
+
+    `port` is the one bound. Raises StoreUnavailable, ConfigurationError or SettingError when it cannot start.
+    """
+
+    def __init__(self, config: RuntimeConfig) -> None:
+        self._config = config
+        self.port = 0
+
+    async def __aenter__(self) -> "RuntimeServer":
+        config = self._config
+        self._registry: Registry = load_registry(config.servers)
+        self._store: RunStore = await SQLiteStore.open(config.store_path)
+        self._event_log = EventLog(self._store)
+        self._executor = Executor(self._store, self._event_log, self._registry, config.executor)
+        self._health = health.aio.HealthServicer()
+        self._server = grpc.aio.server(
+            interceptors=(ErrorInterceptor(config.service_token),), options=_OPTIONS
+        )
+        run_service_pb2_grpc.add_RunServiceServicer_to_server(
+            RunService(self._store, self._executor, self._event_log, self._registry, config.requests), self._server
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection(
+            (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+        )
+        try:
+            self.port = self._server.add_insecure_port(config.listen)
+        except RuntimeError as error:
+            await self._store.close()
+            raise SettingError(f"--listen {config.listen}: the address cannot be bound; is it in use?") from error
+        await self._executor.start()
+        await self._server.start()
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Readiness first, then no new work, then what runs, then who follows.
+        await self._health.enter_graceful_shutdown()
+        await self._executor.drain(self._config.drain_seconds)
+        self._event_log.close()
+        await self._server.stop(grace=1.0)
+        await self._registry.close()
+        await self._store.close()
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus.ValueType) -> None:
+        await asyncio.gather(*(self._health.set(name, status) for name in ("", SERVICE)))

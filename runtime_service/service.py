@@ -1,0 +1,216 @@
+"""RunService: protobuf in, protobuf out. Policy is in the executor, rules in `validation`."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any, TypeAlias
+
+import grpc
+
+from protos.acp.runs.v1 import run_service_pb2 as rpc
+from protos.acp.runs.v1 import run_service_pb2_grpc
+from runtime_service.convert import (
+    event_message,
+    run_message,
+    run_mode,
+    run_status,
+    thread_message,
+    update_message,
+)
+from runtime_service.errors import InvalidRequest
+from runtime_service.event_log import BATCH_BYTES, BATCH_EVENTS, EventLog, FollowOptions
+from runtime_service.executor import Executor
+from runtime_service.registry import Registry, Server
+from runtime_service.runs import TERMINAL, Run, RunMode, new_run_id, now_ms
+from runtime_service.store.base import Change, NewRun, NewTurn, RunStore
+from runtime_service.validation import RequestLimits, checked_input, checked_metadata, checked_title
+
+_MAX_PAGE = 200
+_DEFAULT_PAGE = 50
+
+_Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class RunService(run_service_pb2_grpc.RunServiceServicer):
+    """The plain RPCs; see run_service.proto."""
+
+    def __init__(
+        self, store: RunStore, executor: Executor, event_log: EventLog, registry: Registry, limits: RequestLimits
+    ) -> None:
+        self._store = store
+        self._executor = executor
+        self._event_log = event_log
+        self._registry = registry
+        self._limits = limits
+
+    async def StartRun(
+        self, request: rpc.StartRunRequest, context: _Context
+    ) -> AsyncGenerator[rpc.StartRunResponse]:
+        """Accept a run; in mode sync follow its first turn."""
+        server = self._server(request.server, context)
+        mode = run_mode(request.mode)
+        change = await self._executor.start_run(
+            NewRun(
+                id=new_run_id(),
+                organization=server.organization,
+                server_id=server.id,
+                input=checked_input(request.input, self._limits),
+                mode=mode,
+                created_at_ms=now_ms(),
+                title=checked_title(request.title, self._limits),
+                metadata=checked_metadata(request.metadata_json, self._limits),
+            ),
+            server,
+        )
+        async with aclosing(self._turn_updates(change, mode, request.stream, server)) as updates:
+            async for update in updates:
+                yield rpc.StartRunResponse(update=update)
+
+    async def ContinueRun(
+        self, request: rpc.ContinueRunRequest, context: _Context
+    ) -> AsyncGenerator[rpc.ContinueRunResponse]:
+        """Open a run's next turn; in mode sync follow it."""
+        server = self._server(request.server, context)
+        mode = run_mode(request.mode)
+        change = await self._executor.continue_run(
+            NewTurn(
+                organization=server.organization,
+                server_id=server.id,
+                run_id=request.run_id,
+                input=checked_input(request.input, self._limits),
+                mode=mode,
+                created_at_ms=now_ms(),
+                metadata=checked_metadata(request.metadata_json, self._limits),
+            ),
+            server,
+        )
+        async with aclosing(self._turn_updates(change, mode, request.stream, server)) as updates:
+            async for update in updates:
+                yield rpc.ContinueRunResponse(update=update)
+
+    async def WatchRun(
+        self, request: rpc.WatchRunRequest, context: _Context
+    ) -> AsyncGenerator[rpc.WatchRunResponse]:
+        """Replay after a sequence, then follow."""
+        server = self._server(request.server, context)
+        run = await self._run(server, request.run_id)
+        if not 0 <= request.turn <= run.last_turn:
+            raise InvalidRequest("turn", f"must be a turn of the run: 1 to {run.last_turn}")
+        options = FollowOptions(
+            turn=request.turn or None,
+            deltas=request.stream.deltas,
+            wait_seconds=_wait_seconds(request.stream.wait_ms, "stream.wait_ms"),
+        )
+        after = _checked_after(request.after_sequence)
+        async with aclosing(self._event_log.follow(run, after, options)) as updates:
+            async for update in updates:
+                yield rpc.WatchRunResponse(update=update_message(run, update, server.agent.session_protocol))
+
+    async def GetRun(self, request: rpc.GetRunRequest, context: _Context) -> rpc.GetRunResponse:
+        """Return one run."""
+        server = self._server(request.server, context)
+        run = await self._run(server, request.run_id)
+        return rpc.GetRunResponse(
+            run=run_message(run, server.agent.session_protocol), thread=thread_message(run)
+        )
+
+    async def ListRuns(self, request: rpc.ListRunsRequest, context: _Context) -> rpc.ListRunsResponse:
+        """Return a page of runs, newest first."""
+        server = self._server(request.server, context)
+        page = await self._store.list_runs(
+            server.organization,
+            server.id,
+            status=run_status(request.status),
+            token=request.page_token or None,
+            limit=_page_size(request.page_size, _DEFAULT_PAGE, _MAX_PAGE),
+        )
+        return rpc.ListRunsResponse(
+            runs=[run_message(run, server.agent.session_protocol) for run in page.runs],
+            threads=[thread_message(run) for run in page.runs],
+            next_page_token=page.next_token or "",
+            agent_runtime_id=server.id,
+        )
+
+    async def ListRunEvents(
+        self, request: rpc.ListRunEventsRequest, context: _Context
+    ) -> rpc.ListRunEventsResponse:
+        """Return a page of a run's log."""
+        server = self._server(request.server, context)
+        after = _checked_after(request.after_sequence)
+        wait_seconds = _wait_seconds(request.wait_ms, "wait_ms")
+        limit = _page_size(request.page_size, BATCH_EVENTS, BATCH_EVENTS)
+        run = await self._run(server, request.run_id)
+        if wait_seconds is not None and after >= run.last_sequence and run.status not in TERMINAL:
+            run = await self._wait_for_event(run, after, wait_seconds)
+        events = await self._store.read_events(run.id, after, limit, BATCH_BYTES)
+        # The page must not show more than the run that it comes with.
+        events = [event for event in events if event.sequence <= run.last_sequence]
+        return rpc.ListRunEventsResponse(
+            run=run_message(run, server.agent.session_protocol),
+            thread=thread_message(run),
+            events=[event_message(run, event) for event in events],
+            has_more=(events[-1].sequence if events else after) < run.last_sequence,
+        )
+
+    async def CancelRun(self, request: rpc.CancelRunRequest, context: _Context) -> rpc.CancelRunResponse:
+        """Cancel every open turn of a run."""
+        server = self._server(request.server, context)
+        change = await self._executor.cancel_run(server.organization, server.id, request.run_id)
+        return rpc.CancelRunResponse(
+            run=run_message(change.run, server.agent.session_protocol),
+            thread=thread_message(change.run),
+            events=[event_message(change.run, event) for event in change.events],
+        )
+
+    async def _turn_updates(
+        self, change: Change, mode: RunMode, stream: rpc.StreamOptions, server: Server
+    ) -> AsyncGenerator[rpc.RunUpdate]:
+        """Yield the updates of the turn that `change` opened, from its user event on."""
+        run = change.run
+        options = FollowOptions(
+            turn=run.turn.number,
+            deltas=stream.deltas,
+            collect=stream.collect,
+            wait_seconds=0 if mode is RunMode.ASYNC else _wait_seconds(stream.wait_ms, "stream.wait_ms"),
+        )
+        async with aclosing(self._event_log.follow(run, run.turn.first_sequence - 1, options)) as updates:
+            async for update in updates:
+                yield update_message(run, update, server.agent.session_protocol)
+
+    async def _run(self, server: Server, run_id: str) -> Run:
+        return await self._store.get_run(server.organization, server.id, run_id)
+
+    async def _wait_for_event(self, run: Run, after: int, wait_seconds: float) -> Run:
+        options = FollowOptions(wait_seconds=wait_seconds)
+        async with aclosing(self._event_log.follow(run, after, options)) as updates:
+            async for update in updates:
+                if update.events:
+                    break
+        return await self._store.get_run(run.organization, run.server_id, run.id)
+
+    def _server(self, reference: rpc.ServerReference, context: _Context) -> Server:
+        return self._registry.resolve(_organization(context), reference.id, connected=reference.connected)
+
+
+def _organization(context: _Context) -> str:
+    for key, value in context.invocation_metadata() or ():
+        if key == "x-acp-organization":
+            return value if isinstance(value, str) else value.decode("ascii", "replace")
+    raise InvalidRequest("x-acp-organization", "must be set in the metadata of the call")
+
+
+def _page_size(asked: int, default: int, most: int) -> int:
+    if asked < 0:
+        raise InvalidRequest("page_size", "must not be negative")
+    return min(asked or default, most)
+
+
+def _checked_after(sequence: int) -> int:
+    if sequence < 0:
+        raise InvalidRequest("after_sequence", "must not be negative")
+    return sequence
+
+
+def _wait_seconds(wait_ms: int, field: str) -> float | None:
+    if wait_ms < 0:
+        raise InvalidRequest(field, "must not be negative")
+    return wait_ms / 1000 if wait_ms else None

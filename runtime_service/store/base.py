@@ -1,0 +1,203 @@
+"""What the runtime asks of a store of runs, and what a store promises. Knows no database.
+
+Promises of every method that writes: when it returns, the change is durable; when it raises, nothing of it is
+there; it goes on to its end when the caller's task is cancelled. Sequences are given here, in the transaction.
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import msgspec
+
+from runtime_service.runs import EventDraft, EventRole, LogLevel, Run, RunEvent, RunMode, RunStatus, Turn, now_ms
+
+
+class NewRun(msgspec.Struct, frozen=True):
+    """A run to be accepted, with the input of its first turn."""
+
+    id: str
+    organization: str
+    server_id: str
+    input: str
+    mode: RunMode
+    created_at_ms: int
+    title: str | None = None
+    metadata: bytes | None = None
+
+
+class NewTurn(msgspec.Struct, frozen=True):
+    """Input to a run that exists. Without metadata the turn takes the run's."""
+
+    organization: str
+    server_id: str
+    run_id: str
+    input: str
+    mode: RunMode
+    created_at_ms: int
+    metadata: bytes | None = None
+
+
+class TurnKey(NamedTuple):
+    """Names a turn as its executor holds it; writes under another epoch than the stored one are refused."""
+
+    run_id: str
+    turn: int
+    epoch: int
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """How a turn ended; `error` and `error_code` are set exactly when it failed."""
+
+    status: RunStatus
+    output: str | None = None
+    error: str | None = None
+    error_code: str | None = None
+
+
+class Change(msgspec.Struct, frozen=True):
+    """What a write did: the run as it is now, showing the turn written to, and the events it added."""
+
+    run: Run
+    events: tuple[RunEvent, ...] = ()
+
+
+class TurnLost(Exception):
+    """The turn is no longer the writer's: it was settled or claimed by somebody else. Nothing was written."""
+
+
+class RunPage(msgspec.Struct, frozen=True):
+    """Some runs, newest first; `next_token` is None on the last page."""
+
+    runs: list[Run]
+    next_token: str | None
+
+
+class RunStore(Protocol):
+    """Runs, turns and events; see the module's promises. Any method may raise StoreUnavailable."""
+
+    def start_run(self, new: NewRun, *, claim: bool) -> Awaitable[Change]:
+        """Accept a run: its turn 1 and its user event. With `claim` the turn is running at once, epoch 1."""
+
+    def continue_run(self, new: NewTurn, *, claim: bool) -> Awaitable[Change]:
+        """Open the next turn. With `claim` it is running at once, unless an earlier turn is open.
+
+        Raises RunNotFound.
+        """
+
+    def append_events(self, key: TurnKey, events: Sequence[EventDraft]) -> Awaitable[Change]:
+        """Put events at the end of the log. The change's run shows no other change. Raises TurnLost."""
+
+    def save_draft(self, key: TurnKey, text: str) -> Awaitable[None]:
+        """Keep the text so far of the message in the making; does nothing when the turn is lost."""
+
+    def finish_turn(self, key: TurnKey, events: Sequence[EventDraft], outcome: Outcome) -> Awaitable[Change]:
+        """Append the last events and settle the turn, both or neither. Raises TurnLost."""
+
+    def release_turn(self, key: TurnKey, events: Sequence[EventDraft]) -> Awaitable[Change]:
+        """Give a running turn back to the queue, its attempt not counted. Raises TurnLost."""
+
+    def cancel_run(
+        self,
+        organization: str,
+        server_id: str,
+        run_id: str,
+        events: Sequence[EventDraft],
+        output: str | None,
+    ) -> Awaitable[Change]:
+        """Settle every open turn as cancelled, after appending `events` to the earliest, whose output is `output`.
+
+        The change's run shows the latest turn; it has no events when nothing was open. Raises RunNotFound.
+        """
+
+    def claim_turns(self, limit: int) -> Awaitable[list[Change]]:
+        """Claim queued turns, oldest first, for the caller to execute; each change's run shows the claimed one."""
+
+    def recover(self, max_attempts: int, may_repeat: Callable[[str], bool]) -> Awaitable[list[Change]]:
+        """Settle the turns that a lost runtime left running: queued again, or failed as RUNTIME_LOST.
+
+        `may_repeat` is asked with the server's id. The draft that was left becomes an `incomplete` event.
+        """
+
+    async def queued_turns(self) -> dict[str, int]:
+        """Count the turns that wait, by the id of their run."""
+
+    async def get_run(self, organization: str, server_id: str, run_id: str, turn: int | None = None) -> Run:
+        """Return a run showing its latest turn, or `turn`. Raises RunNotFound."""
+
+    async def list_runs(
+        self, organization: str, server_id: str, *, status: RunStatus | None, token: str | None, limit: int
+    ) -> RunPage:
+        """Return a page of runs, newest first. Raises InvalidRequest for a token that is not ours."""
+
+    async def read_events(self, run_id: str, after: int, limit: int, limit_bytes: int) -> list[RunEvent]:
+        """Return the events after a sequence, in order, at least one where there is one.
+
+        At most `limit`, and no more once their content passes `limit_bytes`.
+        """
+
+    async def read_messages(self, run_id: str, before_turn: int, limit: int) -> list[tuple[EventRole, str]]:
+        """Return the newest `limit` user and assistant messages of the turns before, oldest first."""
+
+    async def close(self) -> None:
+        """Finish the writes that were asked for, then close."""
+
+
+def count_messages(events: Sequence[EventDraft]) -> int:
+    """Count those that a thread's message count counts."""
+    return sum(1 for event in events if event.role in (EventRole.USER, EventRole.ASSISTANT))
+
+
+def place_events(events: Sequence[EventDraft], turn: int, last_sequence: int) -> tuple[RunEvent, ...]:
+    """Give events their places, so that the last one has `last_sequence`."""
+    first = last_sequence - len(events) + 1
+    return tuple(
+        RunEvent(
+            sequence, turn, e.role, e.content, e.created_at_ms, e.log_type, e.log_level, e.metadata
+        )
+        for sequence, e in enumerate(events, first)
+    )
+
+
+def user_event(new: NewRun | NewTurn) -> EventDraft:
+    """Return the event by which the log holds the caller's input."""
+    return EventDraft(EventRole.USER, new.input, new.created_at_ms, metadata=new.metadata)
+
+
+def incomplete_event(text: str) -> EventDraft:
+    """Return the event that keeps what an agent had said of a message that it never ended."""
+    return EventDraft(
+        EventRole.ASSISTANT, text, now_ms(), log_type="incomplete", log_level=LogLevel.WARN
+    )
+
+
+def log_event(log_type: str, level: LogLevel, content: str) -> EventDraft:
+    """Return an entry of the execution log that the runtime itself makes."""
+    return EventDraft(EventRole.EXECUTION_LOG, content, now_ms(), log_type=log_type, log_level=level)
+
+
+def accepted_run(new: NewRun, *, claim: bool) -> Run:
+    """Return the run that `start_run` stores."""
+    turn = Turn(
+        number=1,
+        status=RunStatus.RUNNING if claim else RunStatus.QUEUED,
+        mode=new.mode,
+        input=new.input,
+        first_sequence=1,
+        created_at_ms=new.created_at_ms,
+        metadata=new.metadata,
+        attempt=int(claim),
+        epoch=int(claim),
+    )
+    return Run(
+        id=new.id,
+        organization=new.organization,
+        server_id=new.server_id,
+        created_at_ms=new.created_at_ms,
+        updated_at_ms=new.created_at_ms,
+        message_count=1,
+        last_sequence=1,
+        last_turn=1,
+        turn=turn,
+        title=new.title,
+        thread_metadata=new.metadata,
+    )

@@ -1,0 +1,119 @@
+-- The queries of the embedded store. Each begins with a line `-- name: NAME`.
+-- A turn is written to only where its epoch is the writer's own: no row means that it has been taken away.
+
+-- name: insert_run
+INSERT INTO runs (id, organization, server_id, title, thread_metadata, created_at_ms, updated_at_ms,
+                  message_count, last_sequence, last_turn, status)
+VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?6, 1, 1, 1, ?7)
+
+-- name: insert_turn
+INSERT INTO turns (run_key, number, status, mode, input, first_sequence, created_at_ms, metadata, attempt, epoch)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+
+-- name: insert_event
+INSERT INTO events (run_key, sequence, turn, role, content, created_at_ms, log_type, log_level, metadata)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+
+-- name: open_next_turn
+UPDATE runs SET last_turn = last_turn + 1, last_sequence = last_sequence + 1, message_count = message_count + 1,
+                updated_at_ms = ?2, status = ?3
+WHERE run_key = ?1
+
+-- name: extend_log
+-- Makes room for events of a running turn; names the new end of the log.
+UPDATE runs SET last_sequence = last_sequence + ?4, message_count = message_count + ?5, updated_at_ms = ?6
+WHERE id = ?1 AND EXISTS (SELECT 1 FROM turns WHERE turns.run_key = runs.run_key AND number = ?2
+                                                AND epoch = ?3 AND turns.status = 'running')
+RETURNING run_key, last_sequence, message_count, last_turn
+
+-- name: extend_log_and_settle
+-- The same, and gives the run the status of its turn, if that is the latest.
+UPDATE runs SET last_sequence = last_sequence + ?4, message_count = message_count + ?5, updated_at_ms = ?6,
+                status = CASE WHEN last_turn = ?2 THEN ?7 ELSE status END
+WHERE id = ?1 AND EXISTS (SELECT 1 FROM turns WHERE turns.run_key = runs.run_key AND number = ?2
+                                                AND epoch = ?3 AND turns.status = 'running')
+RETURNING run_key, last_sequence, message_count, last_turn
+
+-- name: settle_turn
+UPDATE turns SET status = ?3, output = ?4, error = ?5, error_code = ?6, completed_at_ms = ?7, draft = NULL
+WHERE run_key = ?1 AND number = ?2
+
+-- name: requeue_turn
+UPDATE turns SET status = 'queued', attempt = ?3, epoch = epoch + 1, draft = NULL
+WHERE run_key = ?1 AND number = ?2
+
+-- name: claim_turn
+UPDATE turns SET status = 'running', attempt = attempt + 1, epoch = epoch + 1
+WHERE run_key = ?1 AND number = ?2
+
+-- name: take_turn_away
+UPDATE turns SET epoch = epoch + 1 WHERE run_key = ?1 AND number = ?2
+
+-- name: save_draft
+UPDATE turns SET draft = ?4
+WHERE run_key = (SELECT run_key FROM runs WHERE id = ?1) AND number = ?2 AND epoch = ?3 AND status = 'running'
+
+-- name: set_run
+UPDATE runs SET last_sequence = ?2, message_count = ?3, updated_at_ms = ?4, status = ?5 WHERE run_key = ?1
+
+-- name: claimable_turns
+-- Queued turns in the order of their acceptance, without those that wait for an earlier turn of their run.
+SELECT run_key, number FROM turns
+WHERE status = 'queued' AND NOT EXISTS (
+    SELECT 1 FROM turns AS earlier
+    WHERE earlier.run_key = turns.run_key AND earlier.number < turns.number
+      AND earlier.status IN ('queued', 'running'))
+ORDER BY created_at_ms, run_key LIMIT ?1
+
+-- name: running_turns
+SELECT run_key, number FROM turns WHERE status = 'running' ORDER BY run_key, number
+
+-- name: open_turns_of_run
+SELECT number FROM turns WHERE run_key = ?1 AND status IN ('queued', 'running') ORDER BY number
+
+-- name: queued_turns
+SELECT runs.id, count(*) FROM turns JOIN runs ON runs.run_key = turns.run_key
+WHERE turns.status = 'queued' GROUP BY runs.id
+
+-- name: run_key
+SELECT run_key FROM runs WHERE id = ?1 AND organization = ?2 AND server_id = ?3
+
+-- name: run_at_turn
+SELECT runs.id, organization, server_id, runs.created_at_ms, updated_at_ms, message_count, last_sequence, last_turn,
+       title, thread_metadata,
+       number, turns.status, mode, input, first_sequence, turns.created_at_ms, output, error, error_code, metadata,
+       completed_at_ms, attempt, epoch
+FROM runs JOIN turns ON turns.run_key = runs.run_key AND number = coalesce(?2, last_turn)
+WHERE runs.run_key = ?1
+
+-- name: draft
+SELECT draft FROM turns WHERE run_key = ?1 AND number = ?2
+
+-- name: list_runs
+SELECT runs.id, organization, server_id, runs.created_at_ms, updated_at_ms, message_count, last_sequence, last_turn,
+       title, thread_metadata,
+       number, turns.status, mode, input, first_sequence, turns.created_at_ms, output, error, error_code, metadata,
+       completed_at_ms, attempt, epoch
+FROM runs JOIN turns ON turns.run_key = runs.run_key AND number = last_turn
+WHERE organization = ?1 AND server_id = ?2 AND runs.run_key < ?3
+ORDER BY runs.run_key DESC LIMIT ?4
+
+-- name: list_runs_by_status
+SELECT runs.id, organization, server_id, runs.created_at_ms, updated_at_ms, message_count, last_sequence, last_turn,
+       title, thread_metadata,
+       number, turns.status, mode, input, first_sequence, turns.created_at_ms, output, error, error_code, metadata,
+       completed_at_ms, attempt, epoch
+FROM runs JOIN turns ON turns.run_key = runs.run_key AND number = last_turn
+WHERE organization = ?1 AND server_id = ?2 AND runs.run_key < ?3 AND runs.status = ?5
+ORDER BY runs.run_key DESC LIMIT ?4
+
+-- name: events_after
+SELECT sequence, turn, role, content, created_at_ms, log_type, log_level, metadata FROM events
+WHERE run_key = (SELECT run_key FROM runs WHERE id = ?1) AND sequence > ?2 ORDER BY sequence LIMIT ?3
+
+-- name: messages_before_turn
+-- The thread as a model wants it: turn by turn, also where an input came while an earlier turn was running.
+SELECT role, content FROM events
+WHERE run_key = (SELECT run_key FROM runs WHERE id = ?1) AND turn < ?2
+  AND role IN ('user', 'assistant') AND log_type IS NULL
+ORDER BY turn DESC, sequence DESC LIMIT ?3

@@ -1,0 +1,57 @@
+-- Schema version 1 of the embedded store. `run_key` is the internal, dense key of a run: the events of a run lie
+-- together under it, and a run's cost does not depend on how many there are.
+
+CREATE TABLE runs (
+    run_key          INTEGER PRIMARY KEY,
+    id               TEXT    NOT NULL UNIQUE,
+    organization     TEXT    NOT NULL,
+    server_id        TEXT    NOT NULL,
+    title            TEXT,
+    thread_metadata  BLOB,
+    created_at_ms    INTEGER NOT NULL,
+    updated_at_ms    INTEGER NOT NULL,
+    message_count    INTEGER NOT NULL,
+    last_sequence    INTEGER NOT NULL,
+    last_turn        INTEGER NOT NULL,
+    status           TEXT    NOT NULL  -- of turn `last_turn`
+) STRICT;
+
+CREATE INDEX runs_by_server ON runs (organization, server_id, run_key);
+CREATE INDEX runs_by_status ON runs (organization, server_id, status, run_key);
+
+CREATE TABLE turns (
+    run_key          INTEGER NOT NULL REFERENCES runs (run_key),
+    number           INTEGER NOT NULL,
+    status           TEXT    NOT NULL,
+    mode             TEXT    NOT NULL,
+    input            TEXT    NOT NULL,
+    first_sequence   INTEGER NOT NULL,
+    created_at_ms    INTEGER NOT NULL,
+    output           TEXT,
+    error            TEXT,
+    error_code       TEXT,
+    metadata         BLOB,
+    completed_at_ms  INTEGER,
+    attempt          INTEGER NOT NULL,
+    epoch            INTEGER NOT NULL,
+    draft            TEXT,  -- the text so far of the message in the making
+    PRIMARY KEY (run_key, number)
+) STRICT, WITHOUT ROWID;
+
+CREATE INDEX turns_queued ON turns (created_at_ms, run_key, number) WHERE status = 'queued';
+CREATE INDEX turns_running ON turns (run_key, number) WHERE status = 'running';
+
+CREATE TABLE events (
+    run_key          INTEGER NOT NULL REFERENCES runs (run_key),
+    sequence         INTEGER NOT NULL,
+    turn             INTEGER NOT NULL,
+    role             TEXT    NOT NULL,
+    content          TEXT    NOT NULL,
+    created_at_ms    INTEGER NOT NULL,
+    log_type         TEXT,
+    log_level        TEXT,
+    metadata         BLOB,
+    PRIMARY KEY (run_key, sequence)
+) STRICT, WITHOUT ROWID;
+
+PRAGMA user_version = 1;
