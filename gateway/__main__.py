@@ -41,7 +41,8 @@ _DEFAULTS = GatewayConfig(grpc_target="-", service_token="-", api_key="-")
 Host = Annotated[str, typer.Option(envvar="ACP_HOST", help="Address to serve REST at.")]
 Port = Annotated[int, typer.Option(envvar="ACP_PORT", help="Port to serve REST at; 0 picks one.")]
 DataDir = Annotated[
-    Path, typer.Option(envvar="ACP_DATA_DIR", help="Folder for runs, keys and tokens; made when it is missing.")
+    Path,
+    typer.Option(envvar="ACP_DATA_DIR", help="Folder for runs, keys and tokens; made when it is missing."),
 ]
 Servers = Annotated[
     Path | None, typer.Option(envvar="ACP_SERVERS", help="A servers.toml; without one the built-in servers.")
@@ -70,10 +71,12 @@ MaxConnections = Annotated[
     int, typer.Option(envvar="ACP_MAX_CONNECTIONS", help="Most connections at once; past it, 503.")
 ]
 Heartbeat = Annotated[
-    float, typer.Option(envvar="ACP_HEARTBEAT_SECONDS", help="An idle stream says that it is alive this often.")
+    float,
+    typer.Option(envvar="ACP_HEARTBEAT_SECONDS", help="An idle stream says that it is alive this often."),
 ]
 Drain = Annotated[
-    float, typer.Option(envvar="ACP_DRAIN_SECONDS", help="Time for requests and turns under way after SIGTERM.")
+    float,
+    typer.Option(envvar="ACP_DRAIN_SECONDS", help="Time for requests and turns under way after SIGTERM."),
 ]
 LogLevel = Annotated[str, typer.Option(envvar="ACP_LOG_LEVEL", help="debug, info, warning or error.")]
 
@@ -132,7 +135,8 @@ def serve(
         str, typer.Option(envvar="ACP_SERVICE_TOKEN", help="The runtime service's token.", show_default=False)
     ] = "",
     service_token_file: Annotated[
-        Path | None, typer.Option(envvar="ACP_SERVICE_TOKEN_FILE", help="A file that holds the service token.")
+        Path | None,
+        typer.Option(envvar="ACP_SERVICE_TOKEN_FILE", help="A file that holds the service token."),
     ] = None,
     keys_file: Annotated[
         Path, typer.Option(envvar="ACP_KEYS_FILE", help="The key file, as `keys create` makes it.")
@@ -186,7 +190,8 @@ def keys_create(
     name: Annotated[str, typer.Argument(help="What the key is for; shown by `keys list`.")],
     organization: Annotated[str, typer.Option(help="The organization that the key belongs to.")] = "default",
     scope: Annotated[
-        list[str] | None, typer.Option(help='What it may do: "*", "execute", "runs:read"; may be given again.')
+        list[str] | None,
+        typer.Option(help='What it may do: "*", "execute", "runs:read"; may be given again.'),
     ] = None,
     expires_days: Annotated[int | None, typer.Option(min=1, help="Days until it expires; without, never.")] = None,
     keys_file: KeysFile = _KEYS_FILE,
@@ -205,7 +210,9 @@ def keys_list(keys_file: KeysFile = _KEYS_FILE) -> None:
     """Show the keys, without their secrets."""
     with _Complaints():
         for key in KeyFile(keys_file).load():
-            state = "revoked" if key.revoked_at else f"expires {key.expires_at:%Y-%m-%d}" if key.expires_at else "active"
+            state = (
+                "revoked" if key.revoked_at else f"expires {key.expires_at:%Y-%m-%d}" if key.expires_at else "active"
+            )
             print(f"{key.id}  {key.organization}  {','.join(key.scopes)}  {state}  {key.name}")
 
 
@@ -220,15 +227,11 @@ def keys_revoke(
         print(f"{key_id} is revoked.")
 
 
-async def _up(
-    config: GatewayConfig, data_dir: Path, servers: Path | None, key: str, ready_file: Path | None
-) -> None:
+async def _up(config: GatewayConfig, data_dir: Path, servers: Path | None, key: str, ready_file: Path | None) -> None:
     stop = _stop_event()
     async with AsyncExitStack() as stack:
         starting = asyncio.ensure_future(
-            stack.enter_async_context(
-                RuntimeProcess(data_dir, config.service_token, servers, config.drain_seconds)
-            )
+            stack.enter_async_context(RuntimeProcess(data_dir, config.service_token, servers, config.drain_seconds))
         )
         stopping = asyncio.ensure_future(stop.wait())
         await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
@@ -238,7 +241,6 @@ async def _up(
             await asyncio.wait([starting])
             return
         runtime = starting.result()
-
 
         gateway = await stack.enter_async_context(Gateway(msgspec.structs.replace(config, grpc_target=runtime.target)))
         print(_banner(gateway.url, key, servers is None), flush=True)
@@ -257,7 +259,10 @@ async def _up(
 async def _serve(config: GatewayConfig, ready_file: Path | None) -> None:
     stop = _stop_event()
     async with Gateway(config) as gateway:
-        print(f"The ACP gateway serves {gateway.url} for the runtime service at {config.grpc_target}", flush=True)
+        print(
+            f"The ACP gateway serves {gateway.url} for the runtime service at {config.grpc_target}",
+            flush=True,
+        )
         _write_ready(
             ready_file,
             url=gateway.url,

@@ -7,6 +7,7 @@ from types import TracebackType
 import grpc
 import structlog
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 
 from gateway.auth import KeyRing
 from gateway.config import GatewayConfig, SettingError
@@ -71,7 +72,7 @@ def make_app(config: GatewayConfig) -> web.Application:
     return app
 
 
-def _make_middleware(metrics: Metrics) -> Callable[[web.Request, _Handler], Awaitable[web.StreamResponse]]:
+def _make_middleware(metrics: Metrics) -> Middleware:
     @web.middleware
     async def middleware(request: web.Request, handler: _Handler) -> web.StreamResponse:
         """Turn errors into documents; count and log every request, however it ends."""
@@ -138,9 +139,7 @@ class Gateway:
     async def __aenter__(self) -> "Gateway":
         config = self._config
         limits = HttpLimits(connections=config.max_connections, keepalive_timeout_seconds=config.idle_seconds)
-        self._runner = GatewayRunner(
-            make_app(config), limits, shutdown_timeout_seconds=config.drain_seconds
-        )
+        self._runner = GatewayRunner(make_app(config), limits, shutdown_timeout_seconds=config.drain_seconds)
         await self._runner.setup()
         try:
             await web.TCPSite(self._runner, config.host, config.port, backlog=1024).start()
@@ -158,5 +157,3 @@ class Gateway:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._runner.cleanup()
-
-

@@ -197,8 +197,7 @@ class KeyFile:
 
     def _not_writable(self, error: OSError) -> KeyFileError:
         return KeyFileError(
-            f"The key file {self.path} cannot be written ({error.strerror}); "
-            "make its folder writable for this user."
+            f"The key file {self.path} cannot be written ({error.strerror}); make its folder writable for this user."
         )
 
 

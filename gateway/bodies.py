@@ -276,9 +276,7 @@ def _metadata(document: dict[str, Any], body: bytes, limits: BodyLimits) -> byte
         # Both parsers read the same JSON; should they ever differ, the stricter one is right.
         raise _invalid_json("The body is not JSON.") from None
     if len(metadata) > limits.metadata_bytes:
-        raise _validation_failed(
-            {"field": "metadata", "message": f"must have at most {limits.metadata_bytes} bytes"}
-        )
+        raise _validation_failed({"field": "metadata", "message": f"must have at most {limits.metadata_bytes} bytes"})
     return metadata
 
 

@@ -1,5 +1,7 @@
 """Protobuf messages to ACP documents. Pure; knows neither HTTP nor a channel."""
 
+from __future__ import annotations
+
 from functools import lru_cache
 from time import gmtime, strftime
 from typing import get_args
@@ -23,14 +25,11 @@ encode = msgspec.json.Encoder().encode
 _STATUSES: dict[int, RunStatus] = {
     pb.RunStatus.Value(f"RUN_STATUS_{name.upper()}"): name for name in get_args(RunStatus)
 }
-_STATUS_NUMBERS: dict[str, "pb.RunStatus.ValueType"] = {name: pb.RunStatus.Value(f"RUN_STATUS_{name.upper()}") for name in get_args(RunStatus)}
 _MODES: dict[int, RunMode] = {pb.RunMode.Value(f"RUN_MODE_{name.upper()}"): name for name in get_args(RunMode)}
 _THREAD_STATUSES: dict[int, ThreadStatus] = {
     pb.ThreadStatus.Value(f"THREAD_STATUS_{name.upper()}"): name for name in get_args(ThreadStatus)
 }
-_ROLES: dict[int, EventRole] = {
-    pb.EventRole.Value(f"EVENT_ROLE_{name.upper()}"): name for name in get_args(EventRole)
-}
+_ROLES: dict[int, EventRole] = {pb.EventRole.Value(f"EVENT_ROLE_{name.upper()}"): name for name in get_args(EventRole)}
 _LEVELS: dict[int, LogLevel | None] = {pb.LOG_LEVEL_UNSPECIFIED: None} | {
     pb.LogLevel.Value(f"LOG_LEVEL_{name.upper()}"): name for name in get_args(LogLevel)
 }
@@ -88,9 +87,9 @@ def event_document(event: pb.RunEvent) -> EventDocument:
     )
 
 
-def status_number(name: str) -> pb.RunStatus.ValueType | None:
-    """Return the status that a client names, or None when there is no such status."""
-    return _STATUS_NUMBERS.get(name)
+def status_number(name: str | None) -> pb.RunStatus.ValueType:
+    """Return the status that a client names; None is any."""
+    return pb.RUN_STATUS_UNSPECIFIED if name is None else pb.RunStatus.Value(f"RUN_STATUS_{name.upper()}")
 
 
 def status_name(status: pb.RunStatus.ValueType) -> RunStatus:

@@ -95,7 +95,7 @@ class RunHandlers:
             target,
             limit=whole_number(request.query, "limit", _DEFAULT_PAGE, most=_MAX_PAGE, least=1),
             page_token=request.query.get("pageToken", ""),
-            status=pb.RUN_STATUS_UNSPECIFIED if status is None else (status_number(status) or 0),
+            status=status_number(status),
         )
         runs = [run_document(run, thread) for run, thread in zip(page.runs, page.threads, strict=True)]
         document = RunList(
@@ -149,9 +149,7 @@ class RunHandlers:
 
     # What operations share
 
-    def _enter(
-        self, request: web.Request, scope: Scope, connected: bool
-    ) -> tuple[CallContext, ServerTarget]:
+    def _enter(self, request: web.Request, scope: Scope, connected: bool) -> tuple[CallContext, ServerTarget]:
         """Return on whose behalf and about what the request is. Raises ApiError 401, 403."""
         info = info_of(request)
         caller: Caller = self._keys.authenticate(request.headers)
@@ -309,5 +307,3 @@ def _run_path(request: web.Request, run: pb.Run, operation: str) -> str:
     """Return the path of the run in the family by which it was asked for."""
     path = request.rel_url.raw_path
     return f"{path}/{run.id}" if operation == "start" else path.removesuffix("/input")
-
-

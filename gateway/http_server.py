@@ -228,9 +228,7 @@ class _Connection(RequestHandler):
             raise ConnectionError("The answer had begun.")
         return error_response(error, request)
 
-    def _make_error_handler(
-        self, err_info: _ErrInfo
-    ) -> Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]:
+    def _make_error_handler(self, err_info: _ErrInfo) -> Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]:
         """Answers what the parser refuses, and what `_head_is_late` does."""
         error = err_info.exc if isinstance(err_info.exc, ApiError) else _parser_refusal(err_info.exc)
 
@@ -418,9 +416,7 @@ async def read_body(
             408, "REQUEST_TIMEOUT", "The body did not arrive in time.", headers={"Connection": "close"}
         ) from None
     except (web.RequestPayloadError, OSError):
-        raise ApiError(
-            400, "MALFORMED_REQUEST", "The body broke off.", headers={"Connection": "close"}
-        ) from None
+        raise ApiError(400, "MALFORMED_REQUEST", "The body broke off.", headers={"Connection": "close"}) from None
     if len(body) > limit_bytes:
         raise _too_large(limit_bytes)
     if body and may_be_empty:
@@ -463,9 +459,7 @@ def _parser_refusal(refused: BaseException) -> ApiError:
             "The request line, a header, or the number of headers is too large.",
             headers={"Connection": "close"},
         )
-    return ApiError(
-        400, "MALFORMED_REQUEST", "This is not a valid HTTP/1.1 request.", headers={"Connection": "close"}
-    )
+    return ApiError(400, "MALFORMED_REQUEST", "This is not a valid HTTP/1.1 request.", headers={"Connection": "close"})
 
 
 def _new_request_id() -> str:

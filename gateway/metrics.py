@@ -31,9 +31,9 @@ class Metrics:
             ("operation", "status"),
             registry=self._registry,
         )
-        Gauge(
-            "acp_gateway_open_streams", "Live streams that are open now.", registry=self._registry
-        ).set_function(open_streams)
+        Gauge("acp_gateway_open_streams", "Live streams that are open now.", registry=self._registry).set_function(
+            open_streams
+        )
         # The children by their labels: `labels()` itself costs more than the counting.
         self._children: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self._run_children: dict[tuple[str, str], Counter] = {}

@@ -70,6 +70,4 @@ def choice(query: Mapping[str, str], name: str, choices: tuple[str, ...]) -> str
 
 
 def _invalid(field: str, message: str) -> ApiError:
-    return ApiError(
-        400, "VALIDATION_FAILED", f"{field} {message}.", details=[{"field": field, "message": message}]
-    )
+    return ApiError(400, "VALIDATION_FAILED", f"{field} {message}.", details=[{"field": field, "message": message}])

@@ -6,7 +6,7 @@ grpc.aio.AioRpcError, or as ApiError when the runtime service cannot be reached 
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, TypeAlias
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -52,15 +52,11 @@ class ServerTarget(NamedTuple):
     connected: bool
 
 
-class UpdateResponse(Protocol):
-    """What every message of an update stream has."""
-
-    @property
-    def update(self) -> rpc.RunUpdate:
-        """What is new."""
-
-
-UpdateCall = grpc.aio.UnaryStreamCall
+UpdateCall: TypeAlias = (
+    "grpc.aio.UnaryStreamCall[rpc.StartRunRequest, rpc.StartRunResponse]"
+    " | grpc.aio.UnaryStreamCall[rpc.ContinueRunRequest, rpc.ContinueRunResponse]"
+    " | grpc.aio.UnaryStreamCall[rpc.WatchRunRequest, rpc.WatchRunResponse]"
+)
 
 
 class UpdateStream:
@@ -68,7 +64,7 @@ class UpdateStream:
 
     __slots__ = ("_call",)
 
-    def __init__(self, call: "UpdateCall[object, UpdateResponse]") -> None:
+    def __init__(self, call: UpdateCall) -> None:
         self._call = call
 
     async def __aiter__(self) -> AsyncIterator[rpc.RunUpdate]:
@@ -98,10 +94,12 @@ class RunClient:
     async def is_serving(self) -> bool:
         """Return whether the runtime service says that it is ready for calls."""
         try:
-            answer = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=_HEALTH_SECONDS)
+            answer = await self._health.Check(  # type: ignore[attr-defined]  # the stubs know no aio stub
+                health_pb2.HealthCheckRequest(), timeout=_HEALTH_SECONDS
+            )
         except grpc.aio.AioRpcError:
             return False
-        return answer.status == health_pb2.HealthCheckResponse.SERVING
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     async def start(
         self,
@@ -116,7 +114,12 @@ class RunClient:
     ) -> UpdateStream:
         """Start a run."""
         request = rpc.StartRunRequest(
-            server=_reference(target), input=input, title=title, mode=mode, metadata_json=metadata, stream=stream
+            server=_reference(target),
+            input=input,
+            title=title or "",
+            mode=mode,
+            metadata_json=metadata or b"",
+            stream=stream,
         )
         metadata_pairs = await self._prepare(context)
         return UpdateStream(
@@ -136,7 +139,12 @@ class RunClient:
     ) -> UpdateStream:
         """Open the next turn of a run."""
         request = rpc.ContinueRunRequest(
-            server=_reference(target), run_id=run_id, input=input, mode=mode, metadata_json=metadata, stream=stream
+            server=_reference(target),
+            run_id=run_id,
+            input=input,
+            mode=mode,
+            metadata_json=metadata or b"",
+            stream=stream,
         )
         metadata_pairs = await self._prepare(context)
         return UpdateStream(
@@ -169,9 +177,7 @@ class RunClient:
         status: "pb.RunStatus.ValueType",
     ) -> rpc.ListRunsResponse:
         """Return a page of runs."""
-        request = rpc.ListRunsRequest(
-            server=_reference(target), page_size=limit, page_token=page_token, status=status
-        )
+        request = rpc.ListRunsRequest(server=_reference(target), page_size=limit, page_token=page_token, status=status)
         metadata = await self._prepare(context)
         return await self._stub.ListRuns(request, metadata=metadata, timeout=_UNARY_SECONDS)
 
@@ -194,9 +200,7 @@ class RunClient:
             wait_ms=int(wait_seconds * 1000),
         )
         metadata = await self._prepare(context)
-        return await self._stub.ListRunEvents(
-            request, metadata=metadata, timeout=_UNARY_SECONDS + wait_seconds
-        )
+        return await self._stub.ListRunEvents(request, metadata=metadata, timeout=_UNARY_SECONDS + wait_seconds)
 
     async def cancel(self, context: CallContext, target: ServerTarget, run_id: str) -> rpc.CancelRunResponse:
         """Cancel a run."""

@@ -95,9 +95,7 @@ class Frames:
 
     def error(self, error: ApiError) -> bytes:
         """Return the last frame of a stream that did not."""
-        document = {"type": "stream.error"} | error_document(
-            error.status, error.code, error.message, error.details
-        )
+        document = {"type": "stream.error"} | error_document(error.status, error.code, error.message, error.details)
         return self._frame(encode(document))
 
     def _frame(self, document: bytes) -> bytes:
@@ -109,9 +107,7 @@ class StreamRelay:
 
     __slots__ = ("_frames", "_relays", "_response", "_stopped", "_updates", "idle_ticks", "request")
 
-    def __init__(
-        self, relays: "OpenStreams", request: web.Request, updates: UpdateStream, frames: Frames
-    ) -> None:
+    def __init__(self, relays: "OpenStreams", request: web.Request, updates: UpdateStream, frames: Frames) -> None:
         self._relays = relays
         self.request = request
         self._updates = updates

@@ -32,7 +32,13 @@ class RuntimeProcess:
     def __init__(self, data_dir: Path, service_token: str, servers: Path | None, drain_seconds: float = 10.0) -> None:
         self._ready_file = data_dir / "runtime.ready.json"
         self._environment = {**os.environ, "ACP_SERVICE_TOKEN": service_token}
-        self._arguments = ["--data-dir", str(data_dir), "--drain-seconds", str(drain_seconds), "--stop-with-stdin"]
+        self._arguments = [
+            "--data-dir",
+            str(data_dir),
+            "--drain-seconds",
+            str(drain_seconds),
+            "--stop-with-stdin",
+        ]
         if servers is not None:
             self._arguments += ["--servers", str(servers)]
         self._stop_seconds = drain_seconds + _STOP_MARGIN_SECONDS

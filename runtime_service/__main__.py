@@ -42,7 +42,8 @@ def _commands() -> None:
 @app.command()
 def serve(
     listen: Annotated[
-        str, typer.Option(envvar="ACP_RUNTIME_LISTEN", help="HOST:PORT of the gRPC service; port 0 picks one.")
+        str,
+        typer.Option(envvar="ACP_RUNTIME_LISTEN", help="HOST:PORT of the gRPC service; port 0 picks one."),
     ] = "127.0.0.1:50051",
     data_dir: Annotated[
         Path, typer.Option(envvar="ACP_DATA_DIR", help="Folder of the run store; made when it is missing.")
@@ -54,7 +55,9 @@ def serve(
     service_token: Annotated[
         str,
         typer.Option(
-            envvar="ACP_SERVICE_TOKEN", help="What callers must send as `authorization: Bearer …`.", show_default=False
+            envvar="ACP_SERVICE_TOKEN",
+            help="What callers must send as `authorization: Bearer …`.",
+            show_default=False,
         ),
     ] = "",
     service_token_file: Annotated[
@@ -72,7 +75,8 @@ def serve(
         typer.Option(envvar="ACP_MAX_ATTEMPTS", min=1, help="How often a turn is begun when its runtime is lost."),
     ] = ExecutorLimits().max_attempts,
     cancel_grace_seconds: Annotated[
-        float, typer.Option(envvar="ACP_CANCEL_GRACE_SECONDS", min=0, help="Time for a cancelled agent to end by itself.")
+        float,
+        typer.Option(envvar="ACP_CANCEL_GRACE_SECONDS", min=0, help="Time for a cancelled agent to end by itself."),
     ] = ExecutorLimits().cancel_grace_seconds,
     drain_seconds: Annotated[
         float, typer.Option(envvar="ACP_DRAIN_SECONDS", min=0, help="Time for running turns after SIGTERM.")
@@ -84,10 +88,11 @@ def serve(
         int, typer.Option(envvar="ACP_MAX_METADATA_BYTES", min=2, help="Largest metadata.")
     ] = RequestLimits().metadata_bytes,
     allow_plaintext: Annotated[
-        bool, typer.Option(envvar="ACP_ALLOW_PLAINTEXT", help="Listen unencrypted on an address that is not loopback.")
+        bool,
+        typer.Option(envvar="ACP_ALLOW_PLAINTEXT", help="Listen unencrypted on an address that is not loopback."),
     ] = False,
     ready_file: Annotated[
-        Path | None, typer.Option(help="Written once calls are answered: {\"grpc_target\", \"pid\"} as JSON.")
+        Path | None, typer.Option(help='Written once calls are answered: {"grpc_target", "pid"} as JSON.')
     ] = None,
     stop_with_stdin: Annotated[
         bool, typer.Option(help="Stop when standard input ends, as it does when the parent process dies.")

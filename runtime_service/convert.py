@@ -1,5 +1,7 @@
 """Domain values to and from protobuf messages. Pure."""
 
+from __future__ import annotations
+
 from protos.acp.runs.v1 import run_pb2 as pb
 from protos.acp.runs.v1 import run_service_pb2 as rpc
 from runtime_service.event_log import Update
@@ -9,7 +11,9 @@ _STATUS = {status: pb.RunStatus.Value(f"RUN_STATUS_{status.name}") for status in
 _STATUS_BACK = {number: status for status, number in _STATUS.items()}
 _MODE = {mode: pb.RunMode.Value(f"RUN_MODE_{mode.name}") for mode in RunMode}
 _ROLE = {role: pb.EventRole.Value(f"EVENT_ROLE_{role.name}") for role in EventRole}
-_LEVEL = {level: pb.LogLevel.Value(f"LOG_LEVEL_{level.name}") for level in LogLevel}
+_LEVEL: dict[LogLevel | None, pb.LogLevel.ValueType] = {None: pb.LOG_LEVEL_UNSPECIFIED} | {
+    level: pb.LogLevel.Value(f"LOG_LEVEL_{level.name}") for level in LogLevel
+}
 _THREAD_STATUS = {
     RunStatus.QUEUED: pb.THREAD_STATUS_ACTIVE,
     RunStatus.RUNNING: pb.THREAD_STATUS_RUNNING,
@@ -26,18 +30,18 @@ def run_message(run: Run, session_protocol: str) -> pb.Run:
         id=run.id,
         server_id=run.server_id,
         thread_id=run.thread_id,
-        title=run.title,
+        title=run.title or "",
         created_at_unix_ms=run.created_at_ms,
         last_sequence=run.last_sequence,
         turn=turn.number,
         status=_STATUS[turn.status],
         mode=_MODE[turn.mode],
         input=turn.input,
-        output=turn.output,
-        error=turn.error,
-        error_code=turn.error_code,
-        metadata_json=turn.metadata,
-        completed_at_unix_ms=turn.completed_at_ms,
+        output=turn.output or "",
+        error=turn.error or "",
+        error_code=turn.error_code or "",
+        metadata_json=turn.metadata or b"",
+        completed_at_unix_ms=turn.completed_at_ms or 0,
         session_protocol=session_protocol,
         turn_first_sequence=turn.first_sequence,
     )
@@ -47,10 +51,10 @@ def thread_message(run: Run) -> pb.Thread:
     """Return the run's thread."""
     return pb.Thread(
         id=run.thread_id,
-        title=run.title,
+        title=run.title or "",
         status=_THREAD_STATUS[run.turn.status],
         message_count=run.message_count,
-        metadata_json=run.thread_metadata,
+        metadata_json=run.thread_metadata or b"",
         created_at_unix_ms=run.created_at_ms,
         updated_at_unix_ms=run.updated_at_ms,
     )
@@ -64,10 +68,10 @@ def event_message(run: Run, event: RunEvent) -> pb.RunEvent:
         turn=event.turn,
         role=_ROLE[event.role],
         content=event.content,
-        log_type=event.log_type,
-        log_level=None if event.log_level is None else _LEVEL[event.log_level],
+        log_type=event.log_type or "",
+        log_level=_LEVEL[event.log_level],
         created_at_unix_ms=event.created_at_ms,
-        metadata_json=event.metadata,
+        metadata_json=event.metadata or b"",
     )
 
 

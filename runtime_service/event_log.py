@@ -191,9 +191,7 @@ class EventLog:
         for live in self._live.values():
             live.wake()
 
-    async def follow(
-        self, run: Run, after: int, options: FollowOptions = FollowOptions()
-    ) -> AsyncGenerator[Update]:
+    async def follow(self, run: Run, after: int, options: FollowOptions) -> AsyncGenerator[Update]:
         """Yield what the log of `run` holds after sequence `after`, then what comes, until no turn is open.
 
         `run` names the run, in whatever state it was read. Raises Draining when this process stops first.

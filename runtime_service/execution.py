@@ -13,13 +13,30 @@ from typing import Any, assert_never
 
 import msgspec
 
-from runtime_service.agents import AgentError, AgentOutput, Delta, HistoryMessage, Log, Message
-from runtime_service.agents import ToolCall, ToolResult, TurnContext
+from runtime_service.agents import (
+    AgentError,
+    AgentOutput,
+    Delta,
+    HistoryMessage,
+    Log,
+    Message,
+    ToolCall,
+    ToolResult,
+    TurnContext,
+)
 from runtime_service.errors import StoreUnavailable
 from runtime_service.event_log import Draft, EventLog
 from runtime_service.registry import Server
 from runtime_service.runs import EventDraft, EventRole, LogLevel, Run, RunStatus, now_ms
-from runtime_service.store.base import Change, Outcome, RunStore, TurnKey, TurnLost, incomplete_event, log_event
+from runtime_service.store.base import (
+    Change,
+    Outcome,
+    RunStore,
+    TurnKey,
+    TurnLost,
+    incomplete_event,
+    log_event,
+)
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +52,12 @@ class Execution:
     """A claimed turn, from its agent's first word to its settled outcome."""
 
     def __init__(
-        self, run: Run, server: Server, store: RunStore, event_log: EventLog, publish: Callable[[Change], None]
+        self,
+        run: Run,
+        server: Server,
+        store: RunStore,
+        event_log: EventLog,
+        publish: Callable[[Change], None],
     ) -> None:
         self.run = run
         self._key = TurnKey(run.id, run.turn.number, run.turn.epoch)
@@ -163,7 +185,8 @@ class Execution:
         size = len(event.content) + len(event.metadata or b"")
         if size > MAX_EVENT_BYTES // 4 and _utf8_bytes(event) > MAX_EVENT_BYTES:
             raise AgentError(
-                f"The agent made an event of more than {MAX_EVENT_BYTES} bytes; say it in pieces.", "EVENT_TOO_LARGE"
+                f"The agent made an event of more than {MAX_EVENT_BYTES} bytes; say it in pieces.",
+                "EVENT_TOO_LARGE",
             )
         self._pending.append(event)
         self._pending_bytes += size
@@ -290,20 +313,14 @@ def _event_from(output: Message | Log | ToolCall | ToolResult) -> EventDraft:
         case Message(content, metadata, role):
             return EventDraft(role, _storable(content), at, metadata=_json(metadata))
         case Log(content, level, log_type, metadata):
-            return EventDraft(
-                EventRole.EXECUTION_LOG, _storable(content), at, log_type, level, _json(metadata)
-            )
+            return EventDraft(EventRole.EXECUTION_LOG, _storable(content), at, log_type, level, _json(metadata))
         case ToolCall(name, arguments, call_id):
             metadata = {"name": name, "arguments": arguments} | ({"id": call_id} if call_id else {})
-            return EventDraft(
-                EventRole.EXECUTION_LOG, _storable(name), at, "tool_call", LogLevel.INFO, _json(metadata)
-            )
+            return EventDraft(EventRole.EXECUTION_LOG, _storable(name), at, "tool_call", LogLevel.INFO, _json(metadata))
         case ToolResult(name, content, call_id, failed):
             metadata = {"name": name} | ({"id": call_id} if call_id else {})
             level = LogLevel.ERROR if failed else LogLevel.SUCCESS
-            return EventDraft(
-                EventRole.EXECUTION_LOG, _storable(content), at, "tool_result", level, _json(metadata)
-            )
+            return EventDraft(EventRole.EXECUTION_LOG, _storable(content), at, "tool_result", level, _json(metadata))
     assert_never(output)
 
 

@@ -12,12 +12,27 @@ from typing import Any
 
 import msgspec
 
-from runtime_service.errors import AgentUnavailable, CapacityExceeded, Draining, RunServiceError, StoreUnavailable
+from runtime_service.errors import (
+    AgentUnavailable,
+    CapacityExceeded,
+    Draining,
+    RunServiceError,
+    StoreUnavailable,
+)
 from runtime_service.event_log import EventLog
 from runtime_service.execution import Execution
 from runtime_service.registry import Registry, Server
 from runtime_service.runs import LogLevel, RunStatus
-from runtime_service.store.base import Change, NewRun, NewTurn, Outcome, RunStore, TurnKey, TurnLost, log_event
+from runtime_service.store.base import (
+    Change,
+    NewRun,
+    NewTurn,
+    Outcome,
+    RunStore,
+    TurnKey,
+    TurnLost,
+    log_event,
+)
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +128,8 @@ class Executor:
             return True
         if self._queued_total + len(self._admitting) >= self._limits.max_queued:
             raise CapacityExceeded(
-                f"{self._queued_total} turns are waiting already; try again in a moment.", retry_after_seconds=1.0
+                f"{self._queued_total} turns are waiting already; try again in a moment.",
+                retry_after_seconds=1.0,
             )
         return False
 
@@ -281,5 +297,3 @@ class Executor:
     def _may_repeat(self, server_id: str) -> bool:
         server = self._registry.executor_of(server_id)
         return server is not None and server.agent.repeatable
-
-

@@ -126,9 +126,7 @@ def load_registry(path: Path | None) -> Registry:
 def _make_server(where: str, server_id: str, table: _ServerTable) -> Server:
     if table.agent not in AGENT_KINDS or table.agent_runtime is not None:
         kinds = ", ".join(sorted(AGENT_KINDS))
-        raise ConfigurationError(
-            f"{where}: an agent runtime needs `agent`, one of {kinds}, and no `agent_runtime`."
-        )
+        raise ConfigurationError(f"{where}: an agent runtime needs `agent`, one of {kinds}, and no `agent_runtime`.")
     module, _, name = AGENT_KINDS[table.agent].partition(":")
     kind: type[Agent] = getattr(import_module(module), name)
     try:

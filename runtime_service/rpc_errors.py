@@ -8,7 +8,7 @@ from __future__ import annotations
 import hmac
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf import any_pb2
@@ -30,6 +30,8 @@ _STATUS: dict[type[errors.RunServiceError], grpc.StatusCode] = {
     errors.Draining: grpc.StatusCode.UNAVAILABLE,
     errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
 }
+# A named tuple of the handler's behaviours, of which one is set; the stubs know it as an opaque class.
+_Handler: TypeAlias = Any
 _HEALTH_PREFIX = f"/{HEALTH.package}.Health/"
 
 
@@ -37,9 +39,7 @@ def status_of(error: errors.RunServiceError) -> status_pb2.Status:
     """Return the error as gRPC callers get it."""
     details: list[Any] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
     if isinstance(error, errors.InvalidRequest):
-        violation = error_details_pb2.BadRequest.FieldViolation(
-            field=error.field, description=error.description
-        )
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.description)
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if error.retry_after_seconds is not None:
         retry = error_details_pb2.RetryInfo()
@@ -61,7 +61,9 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) 
         info = any_pb2.Any()
         info.Pack(error_details_pb2.ErrorInfo(reason="INTERNAL", domain=DOMAIN))
         status = status_pb2.Status(
-            code=code_pb2.INTERNAL, message="The runtime service failed; its log has the details.", details=[info]
+            code=code_pb2.INTERNAL,
+            message="The runtime service failed; its log has the details.",
+            details=[info],
         )
         code = grpc.StatusCode.INTERNAL
     trailer = (("grpc-status-details-bin", status.SerializeToString()),)
@@ -73,22 +75,21 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, service_token: str) -> None:
         self._expected = f"Bearer {service_token}".encode()
-        self._wrapped: dict[str, grpc.RpcMethodHandler[Any, Any] | None] = {}
+        self._wrapped: dict[str, _Handler] = {}
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
+    ) -> _Handler | None:
         """Return the wrapped handler of the call's method, or one that refuses the call."""
         method: str = handler_call_details.method
         if method not in self._wrapped:
             handler = await continuation(handler_call_details)
             if handler is None:
-                return handler
+                return None
             self._wrapped[method] = _wrap(handler)
         wrapped = self._wrapped[method]
-        assert wrapped is not None
         if not self._has_token(handler_call_details) and not method.startswith(_HEALTH_PREFIX):
             return _refusing(wrapped)
         return wrapped
@@ -101,7 +102,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         return False
 
 
-def _wrap(handler: Any) -> grpc.RpcMethodHandler[Any, Any]:
+def _wrap(handler: _Handler) -> _Handler:
     if handler.unary_unary is not None:
         return handler._replace(unary_unary=_guard_unary(handler.unary_unary))
     if handler.unary_stream is not None:
@@ -138,7 +139,7 @@ def _guard_stream(behaviour: Callable[..., AsyncIterator[Any]]) -> Callable[...,
     return guarded
 
 
-def _refusing(handler: Any) -> grpc.RpcMethodHandler[Any, Any]:
+def _refusing(handler: _Handler) -> _Handler:
     async def refuse(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         await _abort(context, errors.Unauthenticated("The call needs the service token: authorization: Bearer TOKEN."))
 

@@ -52,16 +52,13 @@ class RuntimeServer:
         self._event_log = EventLog(self._store)
         self._executor = Executor(self._store, self._event_log, self._registry, config.executor)
         self._health = health.aio.HealthServicer()
-        self._server = grpc.aio.server(
-            interceptors=(ErrorInterceptor(config.service_token),), options=_OPTIONS
-        )
+        self._server = grpc.aio.server(interceptors=(ErrorInterceptor(config.service_token),), options=_OPTIONS)
         run_service_pb2_grpc.add_RunServiceServicer_to_server(
-            RunService(self._store, self._executor, self._event_log, self._registry, config.requests), self._server
+            RunService(self._store, self._executor, self._event_log, self._registry, config.requests),
+            self._server,
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection(
-            (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
-        )
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         try:
             self.port = self._server.add_insecure_port(config.listen)
         except RuntimeError as error:
@@ -83,5 +80,5 @@ class RuntimeServer:
         await self._registry.close()
         await self._store.close()
 
-    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus.ValueType) -> None:
+    async def _set_health(self, status: int) -> None:
         await asyncio.gather(*(self._health.set(name, status) for name in ("", SERVICE)))

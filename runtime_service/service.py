@@ -34,7 +34,12 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
     """The plain RPCs; see run_service.proto."""
 
     def __init__(
-        self, store: RunStore, executor: Executor, event_log: EventLog, registry: Registry, limits: RequestLimits
+        self,
+        store: RunStore,
+        executor: Executor,
+        event_log: EventLog,
+        registry: Registry,
+        limits: RequestLimits,
     ) -> None:
         self._store = store
         self._executor = executor
@@ -42,9 +47,7 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
         self._registry = registry
         self._limits = limits
 
-    async def StartRun(
-        self, request: rpc.StartRunRequest, context: _Context
-    ) -> AsyncGenerator[rpc.StartRunResponse]:
+    async def StartRun(self, request: rpc.StartRunRequest, context: _Context) -> AsyncGenerator[rpc.StartRunResponse]:
         """Accept a run; in mode sync follow its first turn."""
         server = self._server(request.server, context)
         mode = run_mode(request.mode)
@@ -87,9 +90,7 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
             async for update in updates:
                 yield rpc.ContinueRunResponse(update=update)
 
-    async def WatchRun(
-        self, request: rpc.WatchRunRequest, context: _Context
-    ) -> AsyncGenerator[rpc.WatchRunResponse]:
+    async def WatchRun(self, request: rpc.WatchRunRequest, context: _Context) -> AsyncGenerator[rpc.WatchRunResponse]:
         """Replay after a sequence, then follow."""
         server = self._server(request.server, context)
         run = await self._run(server, request.run_id)
@@ -109,9 +110,7 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
         """Return one run."""
         server = self._server(request.server, context)
         run = await self._run(server, request.run_id)
-        return rpc.GetRunResponse(
-            run=run_message(run, server.agent.session_protocol), thread=thread_message(run)
-        )
+        return rpc.GetRunResponse(run=run_message(run, server.agent.session_protocol), thread=thread_message(run))
 
     async def ListRuns(self, request: rpc.ListRunsRequest, context: _Context) -> rpc.ListRunsResponse:
         """Return a page of runs, newest first."""
@@ -130,9 +129,7 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
             agent_runtime_id=server.id,
         )
 
-    async def ListRunEvents(
-        self, request: rpc.ListRunEventsRequest, context: _Context
-    ) -> rpc.ListRunEventsResponse:
+    async def ListRunEvents(self, request: rpc.ListRunEventsRequest, context: _Context) -> rpc.ListRunEventsResponse:
         """Return a page of a run's log."""
         server = self._server(request.server, context)
         after = _checked_after(request.after_sequence)

@@ -68,11 +68,7 @@ class LocalAgent(Agent):
         """Say how to install what is missing."""
         if self._model_path is not None:
             return None
-        path = (
-            _shipped_model()
-            if self._options.model_path is None
-            else Path(self._options.model_path).expanduser()
-        )
+        path = _shipped_model() if self._options.model_path is None else Path(self._options.model_path).expanduser()
         if find_spec("xllamacpp") is None or path is None:
             return f"The local model is not installed here. Install it with: {_INSTALL}"
         if not path.is_file():
@@ -102,9 +98,7 @@ class LocalAgent(Agent):
             raise AgentError("The answer of the local model broke off. Try again.", "MODEL_STREAM_CUT")
         content = "".join(texts)
         if not content.strip():
-            raise AgentError(
-                "The local model gave an empty answer. Put it in other words.", "MODEL_EMPTY_ANSWER"
-            )
+            raise AgentError("The local model gave an empty answer. Put it in other words.", "MODEL_EMPTY_ANSWER")
         names = ("prompt_tokens", "completion_tokens", "total_tokens")
         metadata = {
             "model": Path(self._model_path or "").stem,
@@ -124,9 +118,7 @@ class LocalAgent(Agent):
             options = self._options
             threads = options.threads or max(1, (os.cpu_count() or 1) - 1)
             assert self._model_path is not None, "unavailable_reason() was asked"
-            self._engine = _Engine.join(
-                _Settings(self._model_path, options.context_tokens, threads, options.parallel)
-            )
+            self._engine = _Engine.join(_Settings(self._model_path, options.context_tokens, threads, options.parallel))
         return self._engine
 
     def _request(self, messages: list[dict[str, str]]) -> dict[str, Any]:
@@ -151,7 +143,7 @@ class LocalAgent(Agent):
             history = messages[kept:-1]
             if not history:
                 raise AgentError(
-                    f"The input is too long for the local model: {tokens} tokens, at most {room}. Shorten it.",
+                    f"The input is too long for the local model: {tokens} tokens, {room} at most. Shorten it.",
                     "CONTEXT_EXCEEDED",
                 )
             # In proportion, so that a long history takes few rounds; a conversation begins with the user.
@@ -174,9 +166,7 @@ class _Settings(msgspec.Struct, frozen=True):
 class _Engine:
     """A model that is loaded when it is needed, shared by the agents that joined it."""
 
-    _of_loop: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, dict[_Settings, "_Engine"]]] = (
-        WeakKeyDictionary()
-    )
+    _of_loop: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, dict[_Settings, "_Engine"]]] = WeakKeyDictionary()
 
     def __init__(self, settings: _Settings) -> None:
         self._settings = settings
@@ -256,9 +246,7 @@ class _Model:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            process.stdin.write(
-                msgspec.json.encode({**msgspec.structs.asdict(settings), "api_key": api_key}) + b"\n"
-            )
+            process.stdin.write(msgspec.json.encode({**msgspec.structs.asdict(settings), "api_key": api_key}) + b"\n")
             line = await process.stdout.readline()
             address = json.loads(line).get("address") if line else None
             if address is None:

