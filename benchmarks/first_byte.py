@@ -59,10 +59,10 @@ async def _main() -> None:
         stub = run_service_pb2_grpc.RunServiceStub(channel)
         for _ in range(_WARM_UP + job["samples"]):
             began = time.perf_counter()
-            call = stub.StartRun(message)
-            await call.read()
+            answers = aiter(stub.StartRun(message))
+            await anext(answers)
             grpc_seconds.append(time.perf_counter() - began)
-            async for _ in call:
+            async for _ in answers:  # to the end: a call that is left early would have to be cancelled
                 pass
             sse_seconds.append(await asyncio.to_thread(_sse_seconds, product, request))
     medians = (1000 * statistics.median(each[_WARM_UP:]) for each in (grpc_seconds, sse_seconds))

@@ -49,8 +49,8 @@ class Effort:
 
 
 THOROUGH: Final = Effort(
-    rounds=7,
-    requests={1: 2000, 16: 4000, 64: 4000},
+    rounds=9,
+    requests={1: 1500, 16: 3000, 64: 3000},
     follower_events=10_000,
     follows=9,
     idle_followers=500,
@@ -165,9 +165,7 @@ def measure_stored_runs(effort: Effort) -> dict[int, float]:
         for runs in effort.stored_runs:
             fill_store(directory / f"stored-{runs}", runs)
         servers = {
-            runs: stack.enter_context(
-                product(directory, name=f"flat-{runs}", data_dir=directory / f"stored-{runs}")
-            )
+            runs: stack.enter_context(product(directory, name=f"flat-{runs}", data_dir=directory / f"stored-{runs}"))
             for runs in effort.stored_runs
         }
         for server in servers.values():
@@ -194,8 +192,7 @@ def measure_event_cost(product: Server, effort: Effort) -> list[EventCost]:
     lengths = list(effort.log_lengths)
     sync = _event_costs(product, effort, _sync_runs)
     requests = {
-        length: events_request(product, echo(length), finished_run(product, echo(length), TEXT))
-        for length in lengths
+        length: events_request(product, echo(length), finished_run(product, echo(length), TEXT)) for length in lengths
     }
 
     def replays(server: Server, length: int, repeats: int) -> None:
@@ -217,9 +214,7 @@ def _sync_runs(server: Server, length: int, repeats: int) -> None:
     run_load(server, runs_path(echo(length)), _BODY, connections=1, requests=repeats)
 
 
-def _event_costs(
-    server: Server, effort: Effort, work: Callable[[Server, int, int], None]
-) -> dict[int, float]:
+def _event_costs(server: Server, effort: Effort, work: Callable[[Server, int, int], None]) -> dict[int, float]:
     """CPU-seconds of one piece of work by length of the log: medians of rounds that take turns."""
     costs: dict[int, list[float]] = {length: [] for length in effort.log_lengths}
     for _ in range(max(1, effort.rounds // 2)):

@@ -146,9 +146,7 @@ def stored_runs_section(costs: dict[int, float], spread: float) -> Section:
 
 def event_cost_section(costs: Sequence[EventCost], growth_sync: float, growth_replay: float) -> Section:
     """The cost of an event by how long the run is."""
-    rows = (
-        (f"{cost.shorter:,} → {cost.longer:,}", f"{cost.sync:.4f}", f"{cost.replay:.4f}") for cost in costs
-    )
+    rows = ((f"{cost.shorter:,} → {cost.longer:,}", f"{cost.sync:.4f}", f"{cost.replay:.4f}") for cost in costs)
     what = f"An event's cost, {costs[0].shorter:,} to {costs[-1].longer:,} a run"
     return Section(
         "One more event's cost by the length of the run",

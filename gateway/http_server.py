@@ -19,7 +19,7 @@ from typing import Any, Final, cast
 from aiohttp import web
 from aiohttp.abc import AbstractAccessLogger
 from aiohttp.http import HttpVersion11
-from aiohttp.http_exceptions import LineTooLong
+from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_log import AccessLogger
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
@@ -415,7 +415,8 @@ async def read_body(
         raise ApiError(
             408, "REQUEST_TIMEOUT", "The body did not arrive in time.", headers={"Connection": "close"}
         ) from None
-    except (web.RequestPayloadError, OSError):
+    except (web.RequestPayloadError, HttpProcessingError, OSError):
+        # The second is what aiohttp's parser in Python, for platforms without the C one, gives for the first.
         raise ApiError(400, "MALFORMED_REQUEST", "The body broke off.", headers={"Connection": "close"}) from None
     if len(body) > limit_bytes:
         raise _too_large(limit_bytes)

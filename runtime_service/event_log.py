@@ -11,7 +11,8 @@ Knows the store and the domain; neither agents nor gRPC.
 import asyncio
 import math
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import msgspec
@@ -55,14 +56,15 @@ class FollowOptions(msgspec.Struct, frozen=True):
 class Draft:
     """The text of an event that is not complete yet, in the pieces in which it came.
 
-    `sequence` is the one that the event will have, as far as is known.
+    `sequence` is the one that the event will have, as far as is known; `size` counts code points.
     """
 
-    __slots__ = ("parts", "sequence")
+    __slots__ = ("parts", "sequence", "size")
 
-    def __init__(self, sequence: int) -> None:
-        self.sequence = sequence
+    def __init__(self) -> None:
+        self.sequence = 0
         self.parts: list[str] = []
+        self.size = 0
 
     @property
     def text(self) -> str:
@@ -94,17 +96,28 @@ class _DraftCursor:
         return delta
 
 
-class _LiveRun:
+class LiveRun:
     """What is known here of a run that is executed or followed here.
 
     `views` holds the run as it shows each turn (0: its latest), as far as known; a view that is missing is read
     from the store. `last_sequence` is the newest that was published.
     """
 
-    __slots__ = ("draft", "followers", "held", "last_sequence", "tail", "tail_bytes", "version", "views")
+    __slots__ = (
+        "_draft_followers",
+        "_followers",
+        "draft",
+        "held",
+        "last_sequence",
+        "tail",
+        "tail_bytes",
+        "version",
+        "views",
+    )
 
     def __init__(self) -> None:
-        self.followers: dict[asyncio.Event, bool] = {}
+        self._followers: set[asyncio.Event] = set()
+        self._draft_followers: set[asyncio.Event] = set()
         self.held = 0
         self.views: dict[int, Run] = {}
         self.version = 0
@@ -133,9 +146,32 @@ class _LiveRun:
             self.tail_bytes -= len(tail.popleft().content)
         self.wake()
 
+    def add_follower(self, woken: asyncio.Event, *, deltas: bool) -> None:
+        """Set `woken` from now on when something changed; with `deltas` also when the draft has grown."""
+        self._followers.add(woken)
+        if deltas:
+            self._draft_followers.add(woken)
+
+    def remove_follower(self, woken: asyncio.Event) -> None:
+        """Undo `add_follower`."""
+        self._followers.discard(woken)
+        self._draft_followers.discard(woken)
+
     def wake(self) -> None:
-        for event in self.followers:
+        """Wake all followers."""
+        for event in self._followers:
             event.set()
+
+    def show_draft(self, draft: Draft | None) -> None:
+        """Set the event in the making, or tell that it has grown."""
+        self.draft = draft
+        for event in self._draft_followers:
+            event.set()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody executes or follows the run here."""
+        return not self.held and not self._followers
 
     def tail_after(self, sequence: int) -> tuple[RunEvent, ...]:
         """Return the events after `sequence` if the tail reaches back that far, else nothing."""
@@ -151,18 +187,31 @@ class EventLog:
 
     def __init__(self, store: RunStore) -> None:
         self._store = store
-        self._live: dict[str, _LiveRun] = {}
+        self._live: dict[str, LiveRun] = {}
         self._closed = False
 
-    def hold(self, run_id: str) -> None:
+    def hold(self, run_id: str) -> LiveRun:
         """Keep the run's tail from now on: it is about to be executed here. Ended by `let_go`."""
-        self._live.setdefault(run_id, _LiveRun()).held += 1
+        live = self._live.get(run_id)
+        if live is None:
+            live = self._live[run_id] = LiveRun()
+        live.held += 1
+        return live
 
     def let_go(self, run_id: str) -> None:
         """Undo one `hold`."""
         live = self._live[run_id]
         live.held -= 1
         self._forget_if_idle(run_id, live)
+
+    @contextmanager
+    def held(self, run_id: str) -> Iterator[None]:
+        """Keep what is published of a run for one who is about to follow it."""
+        self.hold(run_id)
+        try:
+            yield
+        finally:
+            self.let_go(run_id)
 
     def publish(self, change: Change) -> None:
         """Tell the followers of a change. It must be durable; changes of a run come in the store's order."""
@@ -177,14 +226,6 @@ class EventLog:
             live.views.clear()
             live.publish(change)
 
-    def show_draft(self, run_id: str, draft: Draft | None) -> None:
-        """Set the event in the making of a held run, or tell its followers that it has grown."""
-        live = self._live[run_id]
-        live.draft = draft
-        for event, deltas in live.followers.items():
-            if deltas:
-                event.set()
-
     def close(self) -> None:
         """End every follower with Draining."""
         self._closed = True
@@ -197,9 +238,9 @@ class EventLog:
         `run` names the run, in whatever state it was read. Raises Draining when this process stops first.
         """
         loop = asyncio.get_running_loop()
-        live = self._live.setdefault(run.id, _LiveRun())
+        live = self._live.setdefault(run.id, LiveRun())
         woken = asyncio.Event()
-        live.followers[woken] = options.deltas
+        live.add_follower(woken, deltas=options.deltas)
         timer, deadline = None, math.inf
         if options.wait_seconds is not None:
             deadline = loop.time() + options.wait_seconds
@@ -245,10 +286,10 @@ class EventLog:
         finally:
             if timer is not None:
                 timer.cancel()
-            del live.followers[woken]
+            live.remove_follower(woken)
             self._forget_if_idle(run.id, live)
 
-    async def _read_view(self, live: _LiveRun, run: Run, turn: int | None) -> Run:
+    async def _read_view(self, live: LiveRun, run: Run, turn: int | None) -> Run:
         while True:
             version = live.version
             view = await self._store.get_run(run.organization, run.server_id, run.id, turn)
@@ -258,6 +299,6 @@ class EventLog:
             if (known := live.views.get(turn or 0)) is not None:
                 return known
 
-    def _forget_if_idle(self, run_id: str, live: _LiveRun) -> None:
-        if not live.held and not live.followers and self._live.get(run_id) is live:
+    def _forget_if_idle(self, run_id: str, live: LiveRun) -> None:
+        if live.is_idle and self._live.get(run_id) is live:
             del self._live[run_id]

@@ -25,7 +25,7 @@ from runtime_service.agents import (
     TurnContext,
 )
 from runtime_service.errors import StoreUnavailable
-from runtime_service.event_log import Draft, EventLog
+from runtime_service.event_log import Draft, LiveRun
 from runtime_service.registry import Server
 from runtime_service.runs import EventDraft, EventRole, LogLevel, Run, RunStatus, now_ms
 from runtime_service.store.base import (
@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 MAX_EVENT_BYTES = 1 << 20
 _MAX_PENDING_EVENTS = 500
 _MAX_PENDING_BYTES = 1 << 20
+_YIELD_OUTPUTS = 500
 _DRAFT_SECONDS = 1.0
 _HISTORY_MESSAGES = 1_000
 _STORE_RETRY_SECONDS = 1.0
@@ -56,15 +57,16 @@ class Execution:
         run: Run,
         server: Server,
         store: RunStore,
-        event_log: EventLog,
+        live: LiveRun,
         publish: Callable[[Change], None],
     ) -> None:
         self.run = run
         self._key = TurnKey(run.id, run.turn.number, run.turn.epoch)
         self._server = server
         self._store = store
-        self._event_log = event_log
+        self._live = live
         self._publish = publish
+        self._loop = asyncio.get_running_loop()
         self._last_sequence = run.last_sequence
         self._pending: list[EventDraft] = []
         self._pending_bytes = 0
@@ -106,7 +108,8 @@ class Execution:
         if self._draft is not None:
             output = self._draft.text
             events.append(incomplete_event(output))
-            self._set_draft(None)
+            self._draft = None
+            self._live.show_draft(None)
         return events, output
 
     def give_back(self, events: list[EventDraft]) -> None:
@@ -141,10 +144,15 @@ class Execution:
         limit = asyncio.timeout(server.turn_timeout_seconds)
         try:
             async with limit, aclosing(server.agent.run(context)) as outputs:
+                count = 0
                 async for output in outputs:
                     self._add(output)
+                    count += 1
                     if len(self._pending) >= _MAX_PENDING_EVENTS or self._pending_bytes >= _MAX_PENDING_BYTES:
                         await self._drain()
+                    elif not count % _YIELD_OUTPUTS:
+                        # An agent that never awaits must not keep the others from running.
+                        await asyncio.sleep(0)
         except AgentError as error:
             return Outcome(RunStatus.FAILED, error=error.message, error_code=error.code)
         except (TurnLost, asyncio.CancelledError):
@@ -170,11 +178,21 @@ class Execution:
         if self._lost:
             raise TurnLost
         if isinstance(output, Delta):
-            self._grow_draft(output.text)
+            draft = self._draft
+            if draft is None:
+                draft = self._begin_draft()
+            text = output.text
+            draft.size += len(text)
+            if draft.size > MAX_EVENT_BYTES:
+                raise _too_large()
+            draft.parts.append(_storable(text))
+            self._live.show_draft(draft)
             return
         event = _event_from(output)
         if isinstance(output, Message):
-            self._set_draft(None)
+            if self._draft is not None:
+                self._draft = None
+                self._live.show_draft(None)
             if output.role is EventRole.ASSISTANT:
                 self._output = event.content
         self._append(event)
@@ -184,47 +202,34 @@ class Execution:
     def _append(self, event: EventDraft) -> None:
         size = len(event.content) + len(event.metadata or b"")
         if size > MAX_EVENT_BYTES // 4 and _utf8_bytes(event) > MAX_EVENT_BYTES:
-            raise AgentError(
-                f"The agent made an event of more than {MAX_EVENT_BYTES} bytes; say it in pieces.",
-                "EVENT_TOO_LARGE",
-            )
+            raise _too_large()
         self._pending.append(event)
         self._pending_bytes += size
         if self._flushing is None and not self._flush_planned:
             # Not at once: what the agent says without awaiting shares a commit, its end included.
             self._flush_planned = True
-            asyncio.get_running_loop().call_soon(self._begin_flush)
+            self._loop.call_soon(self._begin_flush)
 
     # The draft
 
-    def _grow_draft(self, text: str) -> None:
-        draft = self._draft
-        if draft is None:
-            draft = Draft(0)
-            self._place_draft(draft)
-            self._set_draft(draft)
-            if self._draft_timer is None:
-                self._draft_timer = asyncio.get_running_loop().call_later(_DRAFT_SECONDS, self._save_draft)
-        draft.parts.append(_storable(text))
-        self._event_log.show_draft(self.run.id, draft)
-
-    def _set_draft(self, draft: Draft | None) -> None:
-        if draft is not self._draft:
-            self._draft = draft
-            self._draft_saved = 0
-            self._event_log.show_draft(self.run.id, draft)
+    def _begin_draft(self) -> Draft:
+        draft = self._draft = Draft()
+        self._draft_saved = 0
+        self._place_draft(draft)
+        if self._draft_timer is None:
+            self._draft_timer = self._loop.call_later(_DRAFT_SECONDS, self._save_draft)
+        return draft
 
     def _place_draft(self, draft: Draft) -> None:
         draft.sequence = self._last_sequence + self._in_flight + len(self._pending) + 1
 
     def _save_draft(self) -> None:
         draft = self._draft
-        loop = asyncio.get_running_loop()
-        self._draft_timer = loop.call_later(_DRAFT_SECONDS, self._save_draft)
+        self._draft_timer = self._loop.call_later(_DRAFT_SECONDS, self._save_draft)
         idle = self._draft_saving is None or self._draft_saving.done()
         if draft is not None and len(draft.parts) > self._draft_saved and idle:
             self._draft_saved = len(draft.parts)
-            self._draft_saving = loop.create_task(self._write_draft(draft.text))
+            self._draft_saving = self._loop.create_task(self._write_draft(draft.text))
 
     async def _write_draft(self, text: str) -> None:
         try:
@@ -299,6 +304,12 @@ class Execution:
         events, self._pending = self._pending, []
         self._pending_bytes = 0
         return events
+
+
+def _too_large() -> AgentError:
+    return AgentError(
+        f"The agent made an event of more than {MAX_EVENT_BYTES} bytes; say it in pieces.", "EVENT_TOO_LARGE"
+    )
 
 
 def _unexpected(run: Run, error: Exception) -> Outcome:

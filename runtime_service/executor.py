@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -22,7 +23,7 @@ from runtime_service.errors import (
 from runtime_service.event_log import EventLog
 from runtime_service.execution import Execution
 from runtime_service.registry import Registry, Server
-from runtime_service.runs import LogLevel, RunStatus
+from runtime_service.runs import LogLevel, Run, RunStatus
 from runtime_service.store.base import (
     Change,
     NewRun,
@@ -31,6 +32,7 @@ from runtime_service.store.base import (
     RunStore,
     TurnKey,
     TurnLost,
+    accepted_run,
     log_event,
 )
 
@@ -84,7 +86,11 @@ class Executor:
         Once accepted it is executed, whatever becomes of the caller's task.
         """
         claim = self._admit(server)
-        return await self._accepted(self._store.start_run(new, claim=claim), claim)
+        execution = None
+        if claim and server.agent.begins_early:
+            # What it writes comes behind the acceptance, often in the same commit.
+            execution = self._begin(accepted_run(new, claim=True), server)
+        return await self._accepted(self._store.start_run(new, claim=claim), claim, execution)
 
     async def continue_run(self, new: NewTurn, server: Server) -> Change:
         """Accept the next input of a run. As `start_run`, and raises RunNotFound."""
@@ -133,28 +139,33 @@ class Executor:
             )
         return False
 
-    async def _accepted(self, write: Awaitable[Change], claim: bool) -> Change:
+    async def _accepted(self, write: Awaitable[Change], claim: bool, execution: Execution | None = None) -> Change:
         accepted = asyncio.ensure_future(write)
         self._admitting.add(accepted)
-        accepted.add_done_callback(self._on_accepted if claim else self._on_queued)
+        accepted.add_done_callback(partial(self._on_accepted, claim=claim, execution=execution))
         return await asyncio.shield(accepted)
 
-    def _on_accepted(self, accepted: asyncio.Future[Change]) -> None:
-        """A turn that had room was stored, or not."""
+    def _on_accepted(self, accepted: asyncio.Future[Change], claim: bool, execution: Execution | None) -> None:
+        """A turn was stored, or not; `claim` says that room was reserved, `execution` is its early one."""
         self._admitting.discard(accepted)
         if accepted.cancelled() or accepted.exception() is not None:
-            self._vacate()
-        elif accepted.result().run.status is RunStatus.RUNNING:
-            self._launch(accepted.result())
+            if execution is not None:
+                execution.take_rest()
+                self._end_agent(execution)
+            elif claim:
+                self._vacate()
+            return
+        change = accepted.result()
+        if execution is not None:
+            self._publish(change)
+        elif change.run.status is RunStatus.RUNNING:
+            self._launch(change)
         else:
-            self._note_queued(accepted.result())
-            self._vacate()
-
-    def _on_queued(self, accepted: asyncio.Future[Change]) -> None:
-        self._admitting.discard(accepted)
-        if not accepted.cancelled() and accepted.exception() is None:
-            self._note_queued(accepted.result())
-            self._claim_if_room()
+            self._note_queued(change)
+            if claim:
+                self._vacate()
+            else:
+                self._claim_if_room()
 
     def _note_queued(self, change: Change) -> None:
         self._queued[change.run.id] += 1
@@ -210,16 +221,22 @@ class Executor:
     def _launch(self, change: Change) -> None:
         run = change.run
         server = self._registry.executor_of(run.server_id)
-        self._event_log.hold(run.id)
-        self._publish(change)
-        if server is None:
+        if server is not None:
+            self._begin(run, server)
+            self._publish(change)
+        else:
+            self._event_log.hold(run.id)
+            self._publish(change)
             failing = asyncio.ensure_future(self._fail_undeclared(change))
             failing.add_done_callback(lambda _: self._free_room(run.id))
-            return
-        execution = Execution(run, server, self._store, self._event_log, self._publish)
+
+    def _begin(self, run: Run, server: Server) -> Execution:
+        live = self._event_log.hold(run.id)
+        execution = Execution(run, server, self._store, live, self._publish)
         self._executions[run.id] = execution
         task = self._tasks[execution] = asyncio.create_task(execution.execute())
-        task.add_done_callback(lambda task: self._on_end(execution, task))
+        task.add_done_callback(partial(self._on_end, execution))
+        return execution
 
     def _on_end(self, execution: Execution, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hmac
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
 import grpc
@@ -103,14 +103,12 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
 
 def _wrap(handler: _Handler) -> _Handler:
-    if handler.unary_unary is not None:
-        return handler._replace(unary_unary=_guard_unary(handler.unary_unary))
-    if handler.unary_stream is not None:
-        return handler._replace(unary_stream=_guard_stream(handler.unary_stream))
-    return handler  # reflection: a stream of requests, its errors its own
+    # Reflection is a stream of requests; its errors are its own.
+    kinds = ("unary_unary", "unary_stream")
+    return handler._replace(**{kind: _guard(getattr(handler, kind)) for kind in kinds if getattr(handler, kind)})
 
 
-def _guard_unary(behaviour: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+def _guard(behaviour: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
     async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         try:
             return await behaviour(request, context)
@@ -118,23 +116,6 @@ def _guard_unary(behaviour: Callable[..., Awaitable[Any]]) -> Callable[..., Awai
             raise
         except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
             await _abort(context, error)
-
-    return guarded
-
-
-def _guard_stream(behaviour: Callable[..., AsyncIterator[Any]]) -> Callable[..., Awaitable[None]]:
-    # Writing to the context costs less than being iterated over.
-    async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        responses = behaviour(request, context)
-        try:
-            async for response in responses:
-                await context.write(response)
-        except grpc.aio.AbortError:
-            raise
-        except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
-            await _abort(context, error)
-        finally:
-            await responses.aclose()  # type: ignore[attr-defined]
 
     return guarded
 

@@ -5,6 +5,7 @@ from contextlib import aclosing
 from typing import Any, TypeAlias
 
 import grpc
+import msgspec
 
 from protos.acp.runs.v1 import run_service_pb2 as rpc
 from protos.acp.runs.v1 import run_service_pb2_grpc
@@ -17,11 +18,11 @@ from runtime_service.convert import (
     update_message,
 )
 from runtime_service.errors import InvalidRequest
-from runtime_service.event_log import BATCH_BYTES, BATCH_EVENTS, EventLog, FollowOptions
+from runtime_service.event_log import BATCH_BYTES, BATCH_EVENTS, EventLog, FollowOptions, Update
 from runtime_service.executor import Executor
 from runtime_service.registry import Registry, Server
 from runtime_service.runs import TERMINAL, Run, RunMode, new_run_id, now_ms
-from runtime_service.store.base import Change, NewRun, NewTurn, RunStore
+from runtime_service.store.base import NewRun, NewTurn, RunStore
 from runtime_service.validation import RequestLimits, checked_input, checked_metadata, checked_title
 
 _MAX_PAGE = 200
@@ -47,50 +48,52 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
         self._registry = registry
         self._limits = limits
 
-    async def StartRun(self, request: rpc.StartRunRequest, context: _Context) -> AsyncGenerator[rpc.StartRunResponse]:
+    # The streaming ones write to their context, which costs less than being iterated over.
+
+    async def StartRun(self, request: rpc.StartRunRequest, context: _Context) -> None:  # type: ignore[override]
         """Accept a run; in mode sync follow its first turn."""
         server = self._server(request.server, context)
-        mode = run_mode(request.mode)
-        change = await self._executor.start_run(
-            NewRun(
-                id=new_run_id(),
-                organization=server.organization,
-                server_id=server.id,
-                input=checked_input(request.input, self._limits),
-                mode=mode,
-                created_at_ms=now_ms(),
-                title=checked_title(request.title, self._limits),
-                metadata=checked_metadata(request.metadata_json, self._limits),
-            ),
-            server,
+        new = NewRun(
+            id=new_run_id(),
+            organization=server.organization,
+            server_id=server.id,
+            input=checked_input(request.input, self._limits),
+            mode=run_mode(request.mode),
+            created_at_ms=now_ms(),
+            title=checked_title(request.title, self._limits),
+            metadata=checked_metadata(request.metadata_json, self._limits),
         )
-        async with aclosing(self._turn_updates(change, mode, request.stream, server)) as updates:
-            async for update in updates:
-                yield rpc.StartRunResponse(update=update)
+        options = _turn_options(new.mode, request.stream)
+        with self._event_log.held(new.id):
+            change = await self._executor.start_run(new, server)
+            async with aclosing(self._follow_turn(change.run, options)) as updates:
+                async for update in updates:
+                    message = update_message(change.run, update, server.agent.session_protocol)
+                    await context.write(rpc.StartRunResponse(update=message))
 
-    async def ContinueRun(
+    async def ContinueRun(  # type: ignore[override]
         self, request: rpc.ContinueRunRequest, context: _Context
-    ) -> AsyncGenerator[rpc.ContinueRunResponse]:
+    ) -> None:
         """Open a run's next turn; in mode sync follow it."""
         server = self._server(request.server, context)
-        mode = run_mode(request.mode)
-        change = await self._executor.continue_run(
-            NewTurn(
-                organization=server.organization,
-                server_id=server.id,
-                run_id=request.run_id,
-                input=checked_input(request.input, self._limits),
-                mode=mode,
-                created_at_ms=now_ms(),
-                metadata=checked_metadata(request.metadata_json, self._limits),
-            ),
-            server,
+        new = NewTurn(
+            organization=server.organization,
+            server_id=server.id,
+            run_id=request.run_id,
+            input=checked_input(request.input, self._limits),
+            mode=run_mode(request.mode),
+            created_at_ms=now_ms(),
+            metadata=checked_metadata(request.metadata_json, self._limits),
         )
-        async with aclosing(self._turn_updates(change, mode, request.stream, server)) as updates:
-            async for update in updates:
-                yield rpc.ContinueRunResponse(update=update)
+        options = _turn_options(new.mode, request.stream)
+        with self._event_log.held(new.run_id):
+            change = await self._executor.continue_run(new, server)
+            async with aclosing(self._follow_turn(change.run, options)) as updates:
+                async for update in updates:
+                    message = update_message(change.run, update, server.agent.session_protocol)
+                    await context.write(rpc.ContinueRunResponse(update=message))
 
-    async def WatchRun(self, request: rpc.WatchRunRequest, context: _Context) -> AsyncGenerator[rpc.WatchRunResponse]:
+    async def WatchRun(self, request: rpc.WatchRunRequest, context: _Context) -> None:  # type: ignore[override]
         """Replay after a sequence, then follow."""
         server = self._server(request.server, context)
         run = await self._run(server, request.run_id)
@@ -104,7 +107,8 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
         after = _checked_after(request.after_sequence)
         async with aclosing(self._event_log.follow(run, after, options)) as updates:
             async for update in updates:
-                yield rpc.WatchRunResponse(update=update_message(run, update, server.agent.session_protocol))
+                message = update_message(run, update, server.agent.session_protocol)
+                await context.write(rpc.WatchRunResponse(update=message))
 
     async def GetRun(self, request: rpc.GetRunRequest, context: _Context) -> rpc.GetRunResponse:
         """Return one run."""
@@ -158,20 +162,10 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
             events=[event_message(change.run, event) for event in change.events],
         )
 
-    async def _turn_updates(
-        self, change: Change, mode: RunMode, stream: rpc.StreamOptions, server: Server
-    ) -> AsyncGenerator[rpc.RunUpdate]:
-        """Yield the updates of the turn that `change` opened, from its user event on."""
-        run = change.run
-        options = FollowOptions(
-            turn=run.turn.number,
-            deltas=stream.deltas,
-            collect=stream.collect,
-            wait_seconds=0 if mode is RunMode.ASYNC else _wait_seconds(stream.wait_ms, "stream.wait_ms"),
-        )
-        async with aclosing(self._event_log.follow(run, run.turn.first_sequence - 1, options)) as updates:
-            async for update in updates:
-                yield update_message(run, update, server.agent.session_protocol)
+    def _follow_turn(self, run: Run, options: FollowOptions) -> AsyncGenerator[Update]:
+        """Follow the turn that `run` shows, from its user event on."""
+        options = msgspec.structs.replace(options, turn=run.turn.number)
+        return self._event_log.follow(run, run.turn.first_sequence - 1, options)
 
     async def _run(self, server: Server, run_id: str) -> Run:
         return await self._store.get_run(server.organization, server.id, run_id)
@@ -186,6 +180,15 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
 
     def _server(self, reference: rpc.ServerReference, context: _Context) -> Server:
         return self._registry.resolve(_organization(context), reference.id, connected=reference.connected)
+
+
+def _turn_options(mode: RunMode, stream: rpc.StreamOptions) -> FollowOptions:
+    wait_seconds = _wait_seconds(stream.wait_ms, "stream.wait_ms")
+    return FollowOptions(
+        deltas=stream.deltas,
+        collect=stream.collect,
+        wait_seconds=0 if mode is RunMode.ASYNC else wait_seconds,
+    )
 
 
 def _organization(context: _Context) -> str:

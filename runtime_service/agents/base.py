@@ -124,6 +124,12 @@ class Agent(ABC):
     session_protocol: ClassVar[str] = "in-process"
     """The protocol by which the runtime talks to the agent; callers read it as `sessionProtocol`."""
 
+    begins_early: ClassVar[bool] = False
+    """Whether a turn may begin while its run is still being stored; if that fails, the turn is dropped.
+
+    Only for agents of which nothing outside this process can tell that they ran.
+    """
+
     repeatable: bool = True
     """Whether a turn may be begun again when its runtime was lost in the middle of it."""
 

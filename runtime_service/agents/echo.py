@@ -21,6 +21,7 @@ class EchoAgent(Agent):
     """Deltas of one word each, then the whole message; `messages` times over."""
 
     Options = EchoOptions
+    begins_early = True
 
     def __init__(self, options: EchoOptions) -> None:
         self._options = options

@@ -127,6 +127,9 @@ class LocalAgent(Agent):
             "messages": messages,
             "stream": True,
             "stream_options": {"include_usage": True},
+            # Chunks while the prompt is read, too: by writing them llama.cpp learns that nobody listens any more.
+            # It also looks once a second, but only in a second in which no other turn got a token.
+            "return_progress": True,
             "max_tokens": options.max_tokens,
             "temperature": options.temperature,
             "top_p": options.top_p,
@@ -143,7 +146,7 @@ class LocalAgent(Agent):
             history = messages[kept:-1]
             if not history:
                 raise AgentError(
-                    f"The input is too long for the local model: {tokens} tokens, {room} at most. Shorten it.",
+                    f"This is too long for the local model: {tokens} tokens, {room} at most. Shorten it.",
                     "CONTEXT_EXCEEDED",
                 )
             # In proportion, so that a long history takes few rounds; a conversation begins with the user.

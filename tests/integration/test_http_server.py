@@ -129,9 +129,7 @@ class Seen:
 
 
 @asynccontextmanager
-async def serving(
-    limits: HttpLimits | None = None, *, body_timeout_seconds: float = 5.0
-) -> AsyncIterator[Server]:
+async def serving(limits: HttpLimits | None = None, *, body_timeout_seconds: float = 5.0) -> AsyncIterator[Server]:
     """A real server on a port of its own."""
     seen = Seen()
 
@@ -180,6 +178,7 @@ async def serving(
     app = web.Application()
     expect_handler = make_expect_handler(BODY_LIMIT_BYTES)
     app.router.add_post("/body", body, expect_handler=expect_handler)
+    app.router.add_post("/held", held)
     app.router.add_post("/cancel", cancel, expect_handler=expect_handler)
     for path, handler in {
         "/ok": ok,
@@ -192,9 +191,7 @@ async def serving(
         "/own-words": own_words,
     }.items():
         app.router.add_get(path, handler)
-    runner = GatewayRunner(
-        app, limits or HttpLimits(lingering_seconds=0.5), shutdown_timeout_seconds=PATIENCE_SECONDS
-    )
+    runner = GatewayRunner(app, limits or HttpLimits(lingering_seconds=0.5), shutdown_timeout_seconds=PATIENCE_SECONDS)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
@@ -207,9 +204,7 @@ async def serving(
         await runner.cleanup()
 
 
-@pytest.fixture(
-    autouse=True, params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"]
-)
+@pytest.fixture(autouse=True, params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
 def loop_factory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test runs on both loops: they close connections in different ways."""
     monkeypatch.setattr(f"{__name__}._loop_factory", request.param)
@@ -243,9 +238,7 @@ def post(path: str, body: bytes, *headers: str) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
-CHUNKED_HEAD = (
-    b"POST /body HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
-)
+CHUNKED_HEAD = b"POST /body HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
 GET_OK = b"GET /ok HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
@@ -279,9 +272,7 @@ GET_OK = b"GET /ok HTTP/1.1\r\nHost: x\r\n\r\n"
         (b"GET /ok HTTP/1.1\r\nHost: x\r\n" + b"X: a\r\n" * 200 + b"\r\n", 431, "HEADERS_TOO_LARGE"),
     ],
 )
-def test_parser_refusal_is_our_document(
-    data: bytes, status: int, code: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_parser_refusal_is_our_document(data: bytes, status: int, code: str, caplog: pytest.LogCaptureFixture) -> None:
     """It is flat JSON with a request id, ends the connection, and leaves no traceback or input in the log."""
 
     async def scenario() -> None:
@@ -353,6 +344,28 @@ def test_broken_chunk_behind_a_request_is_that_requests_error() -> None:
             server.seen.go_on.set()
             assert (await client.answer()).body == b"held"
             assert (await client.answer()).document["message"] == "The body broke off."
+            assert await client.rest() == b""
+
+    run(scenario)
+
+
+def test_broken_chunk_that_nobody_reads_ends_the_connection() -> None:
+    """A handler that ignores its body answers once; nothing after the break is taken for a request."""
+
+    async def scenario() -> None:
+        async with serving(HttpLimits(lingering_seconds=60)) as server:
+            client = await server.connect()
+            client.send(CHUNKED_HEAD.replace(b"/body", b"/held"))
+            await server.seen.started.wait()
+            request = server.connection._current_request
+            assert request is not None
+            for _ in range(2):
+                client.send(b"zz\r\n\r\n" + GET_OK)
+                await until(lambda: request.content.exception() is not None)
+                # A whole round trip, so that the second piece has arrived as well.
+                assert await server.is_well()
+            server.seen.go_on.set()
+            assert (await client.answer()).body == b"held"
             assert await client.rest() == b""
 
     run(scenario)
@@ -572,6 +585,20 @@ def test_expectation_of_a_body_that_fits_is_met() -> None:
     run(scenario)
 
 
+def test_refusal_after_100_continue_is_our_document() -> None:
+    """The invitation is no part of the answer, so the answer can still be a refusal."""
+
+    async def scenario() -> None:
+        async with serving() as server:
+            client = await server.connect()
+            client.send(post("/body", b"{}", "Expect: 100-continue", "Content-Type: text/plain")[:-2])
+            assert (await client.answer()).status == 100
+            answer = await client.answer()
+            assert (answer.status, answer.document["code"]) == (415, "UNSUPPORTED_MEDIA_TYPE")
+
+    run(scenario)
+
+
 @pytest.mark.parametrize(
     ("expectation", "length", "status", "code"),
     [
@@ -579,9 +606,7 @@ def test_expectation_of_a_body_that_fits_is_met() -> None:
         ("a miracle", 2, 417, "EXPECTATION_FAILED"),
     ],
 )
-def test_expectation_that_cannot_be_met_is_refused(
-    expectation: str, length: int, status: int, code: str
-) -> None:
+def test_expectation_that_cannot_be_met_is_refused(expectation: str, length: int, status: int, code: str) -> None:
     """No 100 invites what would be refused."""
 
     async def scenario() -> None:
@@ -720,39 +745,37 @@ def test_request_id_is_the_callers_where_it_is_fit(sent: str, kept: bool) -> Non
 
 
 @pytest.mark.parametrize(
-    ("path", "data", "status", "code"),
+    ("data", "status", "code"),
     [
-        ("/body", post("/body", b"{}"), 200, ""),
-        ("/body", post("/body", b"{}", "Content-Type: Application/JSON; Charset=UTF-8"), 200, ""),
-        ("/body", post("/body", b"{}", 'Content-Type: application/json;charset="utf8"'), 200, ""),
-        ("/body", post("/body", b"{}", "Content-Encoding: identity"), 200, ""),
-        ("/body", post("/body", b"{}", "Content-Type: text/plain"), 415, "UNSUPPORTED_MEDIA_TYPE"),
-        ("/body", post("/body", b"{}", "Content-Type: application/jsonx"), 415, "UNSUPPORTED_MEDIA_TYPE"),
-        ("/body", post("/body", b"{}", "Content-Type:"), 415, "UNSUPPORTED_MEDIA_TYPE"),
-        ("/body", post("/body", b"{}", "Content-Type: \xff"), 415, "UNSUPPORTED_MEDIA_TYPE"),
+        (post("/body", b"{}"), 200, ""),
+        (post("/body", b"{}", "Content-Type: Application/JSON; Charset=UTF-8"), 200, ""),
+        (post("/body", b"{}", 'Content-Type: application/json;charset="utf8"'), 200, ""),
+        (post("/body", b"{}", "Content-Encoding: identity"), 200, ""),
+        (post("/body", b"{}", "Content-Type: text/plain"), 415, "UNSUPPORTED_MEDIA_TYPE"),
+        (post("/body", b"{}", "Content-Type: application/jsonx"), 415, "UNSUPPORTED_MEDIA_TYPE"),
+        (post("/body", b"{}", "Content-Type:"), 415, "UNSUPPORTED_MEDIA_TYPE"),
+        (post("/body", b"{}", "Content-Type: \xff"), 415, "UNSUPPORTED_MEDIA_TYPE"),
         (
-            "/body",
             post("/body", b"{}", "Content-Type: application/json; charset=latin-1"),
             415,
             "UNSUPPORTED_MEDIA_TYPE",
         ),
-        ("/body", post("/body", b"{}", "Content-Encoding: gzip"), 415, "UNSUPPORTED_MEDIA_TYPE"),
-        ("/body", post("/body", b"{}", "Content-Encoding: \xff"), 415, "UNSUPPORTED_MEDIA_TYPE"),
-        ("/body", b"POST /body HTTP/1.1\r\nHost: x\r\n\r\n", 415, "UNSUPPORTED_MEDIA_TYPE"),
-        ("/cancel", b"POST /cancel HTTP/1.1\r\nHost: x\r\n\r\n", 200, ""),
-        ("/cancel", b"POST /cancel HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n", 200, ""),
+        (post("/body", b"{}", "Content-Encoding: gzip"), 415, "UNSUPPORTED_MEDIA_TYPE"),
+        (post("/body", b"{}", "Content-Encoding: \xff"), 415, "UNSUPPORTED_MEDIA_TYPE"),
+        (b"POST /body HTTP/1.1\r\nHost: x\r\n\r\n", 415, "UNSUPPORTED_MEDIA_TYPE"),
+        (b"POST /cancel HTTP/1.1\r\nHost: x\r\n\r\n", 200, ""),
+        (b"POST /cancel HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n", 200, ""),
         (
-            "/cancel",
             b"POST /cancel HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
             200,
             "",
         ),
-        ("/cancel", post("/cancel", b"{}"), 200, ""),
-        ("/cancel", post("/cancel", b"{}", "Content-Type: text/plain"), 415, "UNSUPPORTED_MEDIA_TYPE"),
-        ("/body", CHUNKED_HEAD + b"2\r\n{}\r\n0\r\n\r\n", 200, ""),
+        (post("/cancel", b"{}"), 200, ""),
+        (post("/cancel", b"{}", "Content-Type: text/plain"), 415, "UNSUPPORTED_MEDIA_TYPE"),
+        (CHUNKED_HEAD + b"2\r\n{}\r\n0\r\n\r\n", 200, ""),
     ],
 )
-def test_body_must_be_json(path: str, data: bytes, status: int, code: str) -> None:
+def test_body_must_be_json(data: bytes, status: int, code: str, caplog: pytest.LogCaptureFixture) -> None:
     """By its headers, and only where there is one."""
 
     async def scenario() -> None:
@@ -762,6 +785,7 @@ def test_body_must_be_json(path: str, data: bytes, status: int, code: str) -> No
             assert status == 200 or answer.document["code"] == code
 
     run(scenario)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("excess", [0, 1])

@@ -101,9 +101,7 @@ def test_python_agent_calls_every_kind_of_function(
 
 
 @pytest.mark.parametrize("blocking", [False, True])
-def test_python_agent_says_nothing_for_none(
-    make_agent: Callable[[object], PythonAgent], blocking: bool
-) -> None:
+def test_python_agent_says_nothing_for_none(make_agent: Callable[[object], PythonAgent], blocking: bool) -> None:
     """A function that returns None has said nothing."""
 
     async def silent(turn: TurnContext) -> None:

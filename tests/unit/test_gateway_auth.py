@@ -234,9 +234,7 @@ def test_ring_accepts_a_key_in_either_header(key_file: KeyFile, template: list[t
         ([("X-API-Key", "acp_")], "not valid"),
     ],
 )
-def test_ring_refuses_what_is_no_key(
-    key_file: KeyFile, template: list[tuple[str, str]], message: str
-) -> None:
+def test_ring_refuses_what_is_no_key(key_file: KeyFile, template: list[tuple[str, str]], message: str) -> None:
     """Each is a 401 that says how to authenticate, whatever bytes came."""
     text, _ = key_file.create("ci")
     headers = CIMultiDict((name, value.replace("KEY", text)) for name, value in template)
@@ -257,9 +255,7 @@ def test_ring_answers_unknown_revoked_expired_and_wrong_secrets_alike(key_file: 
     ring = ring_over(key_file, clocks)
     wrong_secret = good[:-1] + ("0" if good[-1] != "0" else "1")
     unknown = f"acp_{'0' * 12}_{'0' * 64}"
-    answers = {
-        refusal(ring, bearer(key)).body() for key in (unknown, revoked, expired, wrong_secret, good[:17])
-    }
+    answers = {refusal(ring, bearer(key)).body() for key in (unknown, revoked, expired, wrong_secret, good[:17])}
     assert len(answers) == 1
 
 
@@ -298,9 +294,7 @@ def test_ring_follows_the_file(key_file: KeyFile) -> None:
     assert refusal(ring, bearer(text)).status == 401
 
 
-def test_ring_keeps_good_keys_while_the_file_is_corrupt(
-    key_file: KeyFile, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_ring_keeps_good_keys_while_the_file_is_corrupt(key_file: KeyFile, caplog: pytest.LogCaptureFixture) -> None:
     """A slip of an editor locks nobody out; it is logged once, and the repaired file counts again."""
     clocks = Clocks()
     text, entry = key_file.create("ci")

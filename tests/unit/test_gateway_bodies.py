@@ -46,9 +46,7 @@ def test_start_reads_every_field() -> None:
 def test_continue_reads_every_field_but_title() -> None:
     """A continue is a start without a title."""
     assert decode_continue(b'{"prompt":"p","mode":"sync","metadata":{}}') == ContinueBody("p", "sync", b"{}")
-    assert refused_fields(b'{"prompt":"p","title":"t"}', decode_continue) == {
-        "title": "is not a field of this request"
-    }
+    assert refused_fields(b'{"prompt":"p","title":"t"}', decode_continue) == {"title": "is not a field of this request"}
 
 
 @pytest.mark.parametrize(
@@ -145,9 +143,9 @@ def test_the_limits_hold() -> None:
     assert refused_fields(b'{"content":"c","title":"1234"}', lambda body: decode_start(body, limits)) == {
         "title": "must have at most 3 characters"
     }
-    assert refused_fields(
-        b'{"content":"c","metadata":{"a":"12"}}', lambda body: decode_continue(body, limits)
-    ) == {"metadata": "must have at most 9 bytes"}
+    assert refused_fields(b'{"content":"c","metadata":{"a":"12"}}', lambda body: decode_continue(body, limits)) == {
+        "metadata": "must have at most 9 bytes"
+    }
 
 
 @pytest.mark.parametrize("arguments", [{"depth": 0}, {"depth": 5000}, {"title_characters": 0}])

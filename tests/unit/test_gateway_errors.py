@@ -67,9 +67,7 @@ def test_the_table_has_a_row_for_each_code() -> None:
 
 
 @pytest.mark.parametrize(("code", "status", "api_code", "_s", "_c"), ROWS, ids=[row[0].name for row in ROWS])
-def test_a_bare_status_becomes_its_row(
-    code: grpc.StatusCode, status: int, api_code: str, _s: int, _c: str
-) -> None:
+def test_a_bare_status_becomes_its_row(code: grpc.StatusCode, status: int, api_code: str, _s: int, _c: str) -> None:
     """A status that gRPC itself made gets the default code, and none of gRPC's words get out."""
     error = from_rpc_error(rpc_error(code, "Socket closed by 10.1.2.3"))
     assert (error.status, error.code) == (status, api_code)
@@ -79,9 +77,7 @@ def test_a_bare_status_becomes_its_row(
 
 
 @pytest.mark.parametrize(("code", "_s", "_c", "status", "api_code"), ROWS, ids=[row[0].name for row in ROWS])
-def test_a_reason_becomes_the_code(
-    code: grpc.StatusCode, _s: int, _c: str, status: int, api_code: str
-) -> None:
+def test_a_reason_becomes_the_code(code: grpc.StatusCode, _s: int, _c: str, status: int, api_code: str) -> None:
     """With one ErrorInfo its reason is the code, over both doors; the words of a 500 or 502 stay inside."""
     details = reason("SOME_REASON")
     by_call = from_rpc_error(rpc_error(code, "Words for a person.", details))
