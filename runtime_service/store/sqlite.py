@@ -52,6 +52,10 @@ SCHEMA_VERSION = 1
 _READERS = 2
 _SQL = resources.files("runtime_service.store") / "sql"
 _QUERIES = dict(re.findall(r"^-- name: (\w+)\n(.*?)(?=^-- name: |\Z)", (_SQL / "sqlite.sql").read_text(), re.M | re.S))
+_LIST_BY_STATUS = {
+    status: _QUERIES["list_runs_by_status" if status in TERMINAL else "list_open_runs"].format(status=status.value)
+    for status in RunStatus
+}
 _ROLES: dict[str, EventRole] = {role.value: role for role in EventRole}
 _LEVELS: dict[str | None, LogLevel | None] = {None: None} | {level.value: level for level in LogLevel}
 _STATUSES: dict[str, RunStatus] = {status.value: status for status in RunStatus}
@@ -261,22 +265,24 @@ def _continue_run(db: apsw.Connection, new: NewTurn, claim: bool) -> Change:
 
 
 def _append_events(db: apsw.Connection, key: TurnKey, events: Sequence[EventDraft]) -> Change:
-    run_key, placed = _extend_log(db, "extend_log", key, events, now_ms())
-    return Change(_run_at_turn(db, run_key, key.turn), placed)
+    row = _extend_log(db, "extend_log", key, events, now_ms())
+    turn = _execute(db, "turn", (row[10], key.turn)).fetchone()
+    return Change(_run_from_row((*row[:10], *_one(turn))), _place(db, row, key, events))
 
 
 def _finish_turn(db: apsw.Connection, key: TurnKey, events: Sequence[EventDraft], outcome: Outcome) -> Change:
     at = now_ms()
-    run_key, placed = _extend_log(db, "extend_log_and_settle", key, events, at, outcome.status)
-    _settle_turn(db, run_key, key.turn, outcome, at)
-    return Change(_run_at_turn(db, run_key, key.turn), placed)
+    row = _extend_log(db, "extend_log_and_settle", key, events, at, outcome.status)
+    turn = _settle_turn(db, row[10], key.turn, outcome, at)
+    return Change(_run_from_row((*row[:10], *turn)), _place(db, row, key, events))
 
 
 def _release_turn(db: apsw.Connection, key: TurnKey, events: Sequence[EventDraft]) -> Change:
-    run_key, placed = _extend_log(db, "extend_log_and_settle", key, events, now_ms(), RunStatus.QUEUED)
-    attempt = _run_at_turn(db, run_key, key.turn).turn.attempt
-    _execute(db, "requeue_turn", (run_key, key.turn, max(attempt - 1, 0)))
-    return Change(_run_at_turn(db, run_key, key.turn), placed)
+    row = _extend_log(db, "extend_log_and_settle", key, events, now_ms(), RunStatus.QUEUED)
+    attempt = _run_at_turn(db, row[10], key.turn).turn.attempt
+    _execute(db, "requeue_turn", (row[10], key.turn, max(attempt - 1, 0)))
+    placed = _place(db, row, key, events)
+    return Change(_run_at_turn(db, row[10], key.turn), placed)
 
 
 def _cancel_run(db: apsw.Connection, key: int, events: Sequence[EventDraft], output: str | None) -> Change:
@@ -355,27 +361,42 @@ def _write_behind(
 
 
 def _extend_log(
-    db: apsw.Connection, query: str, key: TurnKey, events: Sequence[EventDraft], at: int, *status: RunStatus
-) -> tuple[int, tuple[RunEvent, ...]]:
-    row = _execute(db, query, (*key, len(events), count_messages(events), at, *status)).fetchone()
+    db: apsw.Connection,
+    query: str,
+    key: TurnKey,
+    events: Sequence[EventDraft],
+    at: int,
+    *status: RunStatus,
+) -> tuple[Any, ...]:
+    """Make room for events of a running turn; return the row of its run, its key last."""
+    bindings = (*key, len(events), count_messages(events), at, *status)
+    row: tuple[Any, ...] | None = _execute(db, query, bindings).fetchone()
     if row is None:
         raise TurnLost
-    run_key, last_sequence = row[0], row[1]
-    placed = place_events(events, key.turn, last_sequence)
-    _insert_events(db, run_key, placed)
-    return run_key, placed
+    return row
+
+
+def _place(
+    db: apsw.Connection, row: tuple[Any, ...], key: TurnKey, events: Sequence[EventDraft]
+) -> tuple[RunEvent, ...]:
+    """Put the events where `_extend_log`, which gave `row`, made room."""
+    placed = place_events(events, key.turn, row[6])
+    _insert_events(db, row[10], placed)
+    return placed
 
 
 def _save_draft(db: apsw.Connection, key: TurnKey, text: str) -> None:
     _execute(db, "save_draft", (*key, text))
 
 
-def _settle_turn(db: apsw.Connection, key: int, number: int, outcome: Outcome, at: int) -> None:
-    _execute(
-        db,
-        "settle_turn",
-        (key, number, outcome.status, outcome.output, outcome.error, outcome.error_code, at),
-    )
+def _settle_turn(db: apsw.Connection, key: int, number: int, outcome: Outcome, at: int) -> tuple[Any, ...]:
+    bindings = (key, number, outcome.status, outcome.output, outcome.error, outcome.error_code, at)
+    return _one(_execute(db, "settle_turn", bindings).fetchone())
+
+
+def _one(row: tuple[Any, ...] | None) -> tuple[Any, ...]:
+    assert row is not None, "what was found in this transaction is there"
+    return row
 
 
 def _insert_turn(db: apsw.Connection, key: int, turn: Turn) -> None:
@@ -426,9 +447,7 @@ def _run_key(db: apsw.Connection, organization: str, server_id: str, run_id: str
 
 
 def _run_at_turn(db: apsw.Connection, key: int, turn: int | None = None) -> Run:
-    row = _execute(db, "run_at_turn", (key, turn)).fetchone()
-    assert row is not None, "the run was found in this transaction"
-    return _run_from_row(row)
+    return _run_from_row(_one(_execute(db, "run_at_turn", (key, turn)).fetchone()))
 
 
 def _run_from_row(row: tuple[Any, ...]) -> Run:
@@ -465,11 +484,7 @@ def _list_runs(
             raise InvalidRequest("page_token", "is not a token that an earlier page gave")
         before = int(key)
     bindings = (organization, server_id, before, limit + 1)
-    rows = list(
-        _execute(db, "list_runs", bindings)
-        if status is None
-        else _execute(db, "list_runs_by_status", (*bindings, status))
-    )
+    rows = list(db.execute(_QUERIES["list_runs"] if status is None else _LIST_BY_STATUS[status], bindings))
     runs = [_run_from_row(row) for row in rows[:limit]]
     return RunPage(runs, runs[-1].id if len(rows) > limit else None)
 

@@ -24,7 +24,8 @@ WHERE run_key = ?1
 UPDATE runs SET last_sequence = last_sequence + ?4, message_count = message_count + ?5, updated_at_ms = ?6
 WHERE id = ?1 AND EXISTS (SELECT 1 FROM turns WHERE turns.run_key = runs.run_key AND number = ?2
                                                 AND epoch = ?3 AND turns.status = 'running')
-RETURNING run_key, last_sequence, message_count, last_turn
+RETURNING id, organization, server_id, created_at_ms, updated_at_ms, message_count, last_sequence, last_turn, title,
+          thread_metadata, run_key
 
 -- name: extend_log_and_settle
 -- The same, and gives the run the status of its turn, if that is the latest.
@@ -32,11 +33,14 @@ UPDATE runs SET last_sequence = last_sequence + ?4, message_count = message_coun
                 status = CASE WHEN last_turn = ?2 THEN ?7 ELSE status END
 WHERE id = ?1 AND EXISTS (SELECT 1 FROM turns WHERE turns.run_key = runs.run_key AND number = ?2
                                                 AND epoch = ?3 AND turns.status = 'running')
-RETURNING run_key, last_sequence, message_count, last_turn
+RETURNING id, organization, server_id, created_at_ms, updated_at_ms, message_count, last_sequence, last_turn, title,
+          thread_metadata, run_key
 
 -- name: settle_turn
 UPDATE turns SET status = ?3, output = ?4, error = ?5, error_code = ?6, completed_at_ms = ?7, draft = NULL
 WHERE run_key = ?1 AND number = ?2
+RETURNING number, status, mode, input, first_sequence, created_at_ms, output, error, error_code, metadata, completed_at_ms,
+          attempt, epoch
 
 -- name: requeue_turn
 UPDATE turns SET status = 'queued', attempt = ?3, epoch = epoch + 1, draft = NULL
@@ -99,13 +103,29 @@ WHERE organization = ?1 AND server_id = ?2 AND runs.run_key < ?3
 ORDER BY runs.run_key DESC LIMIT ?4
 
 -- name: list_runs_by_status
+-- {status} is a literal: only then can a partial index serve.
 SELECT runs.id, organization, server_id, runs.created_at_ms, updated_at_ms, message_count, last_sequence, last_turn,
        title, thread_metadata,
        number, turns.status, mode, input, first_sequence, turns.created_at_ms, output, error, error_code, metadata,
        completed_at_ms, attempt, epoch
 FROM runs JOIN turns ON turns.run_key = runs.run_key AND number = last_turn
-WHERE organization = ?1 AND server_id = ?2 AND runs.run_key < ?3 AND runs.status = ?5
+WHERE organization = ?1 AND server_id = ?2 AND runs.run_key < ?3 AND runs.status = '{status}'
 ORDER BY runs.run_key DESC LIMIT ?4
+
+-- name: list_open_runs
+-- {status} is a literal: only then can the partial index serve. There are never many.
+SELECT runs.id, organization, server_id, runs.created_at_ms, updated_at_ms, message_count, last_sequence, last_turn,
+       title, thread_metadata,
+       number, turns.status, mode, input, first_sequence, turns.created_at_ms, output, error, error_code, metadata,
+       completed_at_ms, attempt, epoch
+FROM turns INDEXED BY turns_open CROSS JOIN runs ON turns.run_key = runs.run_key AND number = last_turn
+WHERE turns.status = '{status}' AND organization = ?1 AND server_id = ?2 AND runs.run_key < ?3
+ORDER BY runs.run_key DESC LIMIT ?4
+
+-- name: turn
+SELECT number, status, mode, input, first_sequence, created_at_ms, output, error, error_code, metadata, completed_at_ms,
+       attempt, epoch
+FROM turns WHERE run_key = ?1 AND number = ?2
 
 -- name: events_after
 SELECT sequence, turn, role, content, created_at_ms, log_type, log_level, metadata FROM events

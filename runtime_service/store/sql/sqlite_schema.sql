@@ -16,8 +16,9 @@ CREATE TABLE runs (
     status           TEXT    NOT NULL  -- of turn `last_turn`
 ) STRICT;
 
+-- Completed runs are nearly all: who asks for them finds them by the first index, the rare others by a small one.
 CREATE INDEX runs_by_server ON runs (organization, server_id, run_key);
-CREATE INDEX runs_by_status ON runs (organization, server_id, status, run_key);
+CREATE INDEX runs_by_outcome ON runs (organization, server_id, status, run_key) WHERE status IN ('failed', 'cancelled');
 
 CREATE TABLE turns (
     run_key          INTEGER NOT NULL REFERENCES runs (run_key),
@@ -38,8 +39,7 @@ CREATE TABLE turns (
     PRIMARY KEY (run_key, number)
 ) STRICT, WITHOUT ROWID;
 
-CREATE INDEX turns_queued ON turns (created_at_ms, run_key, number) WHERE status = 'queued';
-CREATE INDEX turns_running ON turns (run_key, number) WHERE status = 'running';
+CREATE INDEX turns_open ON turns (status, created_at_ms, run_key, number) WHERE status IN ('queued', 'running');
 
 CREATE TABLE events (
     run_key          INTEGER NOT NULL REFERENCES runs (run_key),
