@@ -35,14 +35,11 @@ def _first_byte(bare: Server, whole: Server, effort: measures.Effort) -> list[re
 
 
 def _flat_runs(_: Server, __: Server, effort: measures.Effort) -> list[report.Section]:
-    costs = measures.measure_stored_runs(effort)
-    return [report.stored_runs_section(costs, measures.spread(costs.values()))]
+    return [report.stored_runs_section(measures.measure_stored_runs(effort))]
 
 
 def _flat_events(_: Server, whole: Server, effort: measures.Effort) -> list[report.Section]:
-    costs = measures.measure_event_cost(whole, effort)
-    growth = [costs[-1].sync / costs[0].sync - 1, costs[-1].replay / costs[0].replay - 1]
-    return [report.event_cost_section(costs, *growth)]
+    return [report.event_cost_section(measures.measure_event_cost(whole, effort))]
 
 
 _Measure = Callable[[Server, Server, measures.Effort], list[report.Section]]

@@ -4,7 +4,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
@@ -56,8 +56,8 @@ THOROUGH: Final = Effort(
     idle_followers=500,
     first_bytes=1000,
     stored_runs=(1_000, 10_000, 100_000),
-    stored_requests=2000,
-    log_lengths={EVENTS: 1000, 1_000: 30, 100_000: 1},
+    stored_requests=500,
+    log_lengths={EVENTS: 500, 1_000: 100, 100_000: 2},
 )
 QUICK: Final = Effort(
     rounds=2,
@@ -67,7 +67,7 @@ QUICK: Final = Effort(
     idle_followers=100,
     first_bytes=50,
     stored_runs=(1_000, 3_000),
-    stored_requests=500,
+    stored_requests=300,
     log_lengths={EVENTS: 200, 1_000: 4, 10_000: 1},
 )
 
@@ -156,8 +156,17 @@ def measure_idle(product: Server, effort: Effort) -> IdleFigures:
     return IdleFigures(effort.idle_followers, gateway, runtime)
 
 
-def measure_stored_runs(effort: Effort) -> dict[int, float]:
-    """CPU-seconds of 1,000 sync runs by how many runs the store held before; the stores take turns."""
+@dataclass(frozen=True, slots=True)
+class StoredRunsCost:
+    """What runs cost in a store that held `runs` of them; `ratio` to the smallest store, in the same rounds."""
+
+    runs: int
+    cpu_per_thousand: float
+    ratio: float
+
+
+def measure_stored_runs(effort: Effort) -> list[StoredRunsCost]:
+    """CPU of sync runs by how many runs the store held before; the stores take turns."""
     path = runs_path(echo(EVENTS))
     costs: dict[int, list[float]] = {runs: [] for runs in effort.stored_runs}
     with tempfile.TemporaryDirectory(prefix="acp-bench-") as name, ExitStack() as stack:
@@ -169,12 +178,20 @@ def measure_stored_runs(effort: Effort) -> dict[int, float]:
             for runs in effort.stored_runs
         }
         for server in servers.values():
-            run_load(server, path, _BODY, connections=16, requests=effort.stored_requests // 4)
+            run_load(server, path, _BODY, connections=16, requests=effort.stored_requests // 2)
         for _ in range(effort.rounds):
             for runs, server in servers.items():
                 load = run_load(server, path, _BODY, connections=16, requests=effort.stored_requests)
                 costs[runs].append(load.cpu_per_thousand)
-    return {runs: statistics.median(each) for runs, each in costs.items()}
+    smallest = costs[effort.stored_runs[0]]
+    return [
+        StoredRunsCost(
+            runs,
+            statistics.median(each),
+            statistics.median(b / a for a, b in zip(smallest, each, strict=True)),
+        )
+        for runs, each in costs.items()
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,9 +240,3 @@ def _event_costs(server: Server, effort: Effort, work: Callable[[Server, int, in
             work(server, length, repeats)
             costs[length].append((cpu_seconds(server.pids) - before) / repeats)
     return {length: statistics.median(each) for length, each in costs.items()}
-
-
-def spread(costs: Iterable[float]) -> float:
-    """How far apart figures that should be equal are: largest over smallest, less one."""
-    values = list(costs)
-    return max(values) / min(values) - 1

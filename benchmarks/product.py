@@ -2,9 +2,11 @@
 
 import http.client
 import json
+import os
+import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -36,18 +38,19 @@ def product(directory: Path, *, name: str = "product", data_dir: Path | None = N
     ready.unlink(missing_ok=True)
     arguments = ["-m", "gateway", "up", "--host", "127.0.0.1", "--port", "0"]
     arguments += ["--data-dir", str(data_dir or directory / name), "--servers", str(servers)]
-    with running([*arguments, "--ready-file", str(ready)], log=log) as process:
-        facts = read_when_written(ready, process, log)
-        url = urlsplit(facts["url"])
-        assert url.hostname
-        assert url.port
-        yield Server(
-            url.hostname,
-            url.port,
-            (facts["gateway_pid"], facts["runtime_pid"]),
-            api_key=facts["api_key"],
-            grpc_target=facts["grpc_target"],
-        )
+    pids: tuple[int, ...] = ()
+    try:
+        with running([*arguments, "--ready-file", str(ready)], log=log) as process:
+            facts = read_when_written(ready, process, log)
+            pids = (facts["gateway_pid"], facts["runtime_pid"])
+            url = urlsplit(facts["url"])
+            assert url.hostname
+            assert url.port
+            yield Server(url.hostname, url.port, pids, facts["api_key"], facts["grpc_target"])
+    finally:
+        for pid in pids:  # gone by now, unless `up` itself had to be killed
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def start_request(server: Server, server_id: str, text: str, *, accept: str = "application/json") -> str:

@@ -95,7 +95,7 @@ class RunStore(Protocol):
         """
 
     def append_events(self, key: TurnKey, events: Sequence[EventDraft]) -> Awaitable[Change]:
-        """Put events at the end of the log. The change's run shows no other change. Raises TurnLost."""
+        """Put events at the end of the log; a message of the agent takes the place of the draft. Raises TurnLost."""
 
     def save_draft(self, key: TurnKey, text: str) -> Awaitable[None]:
         """Keep the text so far of the message in the making; does nothing when the turn is lost."""

@@ -1,6 +1,8 @@
-"""The one writer of a SQLite file: a thread that puts everything that waits into one durable transaction.
+"""The one writer of a SQLite file: it puts everything that waits into one durable transaction.
 
-Knows connections and transactions; what is written is the caller's.
+Statements run on the event loop, where they cost microseconds; what waits for the disk, the COMMIT, runs in a
+thread. So the interpreter lock changes hands once a transaction, not once a statement. What is asked for
+meanwhile shares the next transaction. Knows connections and transactions; what is written is the caller's.
 """
 
 import asyncio
@@ -18,9 +20,19 @@ log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _Write = Callable[[apsw.Connection], Any]
-_Asked = tuple[_Write, asyncio.Future[Any]]
 
-_MAX_BATCH = 1_000
+_MAX_BATCH = 256
+
+
+class _Asked:
+    """A write, and whoever waits for it; `result` is what the write returned or the exception that it raised."""
+
+    __slots__ = ("future", "result", "write")
+
+    def __init__(self, write: _Write, future: asyncio.Future[Any]) -> None:
+        self.write = write
+        self.future = future
+        self.result: Any = None
 
 
 class GroupCommitWriter:
@@ -34,9 +46,10 @@ class GroupCommitWriter:
     def __init__(self, connection: apsw.Connection) -> None:
         self._connection = connection
         self._loop = asyncio.get_running_loop()
-        self._gathered: list[_Asked] = []
-        self._waiting: SimpleQueue[list[_Asked] | None] = SimpleQueue()
-        self._closing = False
+        self._waiting: list[_Asked] = []
+        self._busy = False  # a batch is being committed, or about to be written
+        self._closed: asyncio.Future[None] | None = None
+        self._commits: SimpleQueue[list[_Asked] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="store-writer", daemon=True)
         self._thread.start()
 
@@ -46,75 +59,90 @@ class GroupCommitWriter:
         Fails with StoreUnavailable once the writer is closing.
         """
         future: asyncio.Future[_T] = self._loop.create_future()
-        if self._closing:
+        if self._closed is not None:
             future.set_exception(StoreUnavailable("The store is closed."))
         else:
-            if not self._gathered:
-                # What is asked for in one turn of the loop shares a commit, and wakes the thread once.
-                self._loop.call_soon(self._hand_over)
-            self._gathered.append((write, future))
+            self._waiting.append(_Asked(write, future))
+            if not self._busy:
+                self._busy = True
+                # At the end of this turn of the loop, so that what else is asked for in it comes along.
+                self._loop.call_soon(self._write_batch)
         return future
 
     async def close(self) -> None:
         """Commit what waits, then close the connection."""
-        if not self._closing:
-            self._closing = True
-            self._hand_over()
-            self._waiting.put(None)
+        if self._closed is None:
+            self._closed = self._loop.create_future()
+            if not self._busy:
+                self._closed.set_result(None)
+            await self._closed
+            self._commits.put(None)
             await self._loop.run_in_executor(None, self._thread.join)
             self._connection.close()
 
-    def _hand_over(self) -> None:
-        if self._gathered:
-            self._waiting.put(self._gathered)
-            self._gathered = []
+    def _write_batch(self) -> None:
+        batch, self._waiting = self._waiting[:_MAX_BATCH], self._waiting[_MAX_BATCH:]
+        try:
+            _write(self._connection, batch)
+        except Exception:  # noqa: BLE001 - told to the one who asked for the write, once it has failed alone
+            # The thread finds no transaction and begins again, one by one.
+            _roll_back(self._connection)
+        self._commits.put(batch)
 
     def _work(self) -> None:
-        waiting = self._waiting
-        open_ = True
-        while open_:
-            batch: list[_Asked] = []
-            while open_ and len(batch) < _MAX_BATCH:
-                asked = waiting.get()
-                if asked is None:
-                    open_ = False
-                else:
-                    batch += asked
-                if waiting.empty():
-                    break
-            if batch:
-                results = self._commit([write for write, _ in batch])
-                futures = [future for _, future in batch]
-                self._loop.call_soon_threadsafe(_deliver, futures, results)
+        while (batch := self._commits.get()) is not None:
+            _commit(self._connection, batch)
+            self._loop.call_soon_threadsafe(self._on_committed, batch)
 
-    def _commit(self, writes: list[_Write]) -> list[Any]:
-        """Return, for each write, what it returned or the exception that it raised."""
-        results: list[Any] = []
-        try:
-            self._connection.execute("BEGIN IMMEDIATE")
-            for write in writes:
-                try:
-                    results.append(write(self._connection))
-                except apsw.Error:
-                    raise
-                except Exception as error:  # noqa: BLE001 - handed to the one who asked for the write
-                    results.append(error)
-            self._connection.execute("COMMIT")
-        except apsw.Error as error:
-            if self._connection.in_transaction:
-                self._connection.execute("ROLLBACK")
-            if len(writes) > 1:
-                return [result for write in writes for result in self._commit([write])]
-            log.error("the store refused a write: %s", error)
-            return [StoreUnavailable("The store does not take writes at the moment; nothing was changed.")]
-        return results
-
-
-def _deliver(futures: list[asyncio.Future[Any]], results: list[Any]) -> None:
-    for future, result in zip(futures, results, strict=True):
-        if future.cancelled():
-            continue
-        if isinstance(result, Exception):
-            future.set_exception(result)
+    def _on_committed(self, batch: list[_Asked]) -> None:
+        for asked in batch:
+            if asked.future.cancelled():
+                continue
+            if isinstance(asked.result, Exception):
+                asked.future.set_exception(asked.result)
+            else:
+                asked.future.set_result(asked.result)
+        if self._waiting:
+            self._loop.call_soon(self._write_batch)
         else:
-            future.set_result(result)
+            self._busy = False
+            if self._closed is not None:
+                self._closed.set_result(None)
+
+
+def _write(connection: apsw.Connection, batch: list[_Asked]) -> None:
+    """Begin a transaction and do the writes in it. Raises apsw.Error, and what a write raised after a change."""
+    connection.execute("BEGIN IMMEDIATE")
+    for asked in batch:
+        changes = connection.total_changes()
+        try:
+            asked.result = asked.write(connection)
+        except Exception as error:
+            if isinstance(error, apsw.Error) or connection.total_changes() != changes:
+                raise
+            asked.result = error
+
+
+def _commit(connection: apsw.Connection, batch: list[_Asked]) -> None:
+    """Commit the open transaction; where that fails, or there is none, each write in one of its own."""
+    if connection.in_transaction:
+        try:
+            connection.execute("COMMIT")
+            return
+        except apsw.Error:
+            _roll_back(connection)
+    for asked in batch:
+        try:
+            _write(connection, [asked])
+            connection.execute("COMMIT")
+        except Exception as error:  # noqa: BLE001 - handed to the one who asked for the write
+            _roll_back(connection)
+            log.error("the store refused a write: %s", error)
+            asked.result = error
+            if isinstance(error, apsw.Error):
+                asked.result = StoreUnavailable("The store does not take writes at the moment; nothing was changed.")
+
+
+def _roll_back(connection: apsw.Connection) -> None:
+    if connection.in_transaction:
+        connection.execute("ROLLBACK")

@@ -266,6 +266,8 @@ def _continue_run(db: apsw.Connection, new: NewTurn, claim: bool) -> Change:
 
 def _append_events(db: apsw.Connection, key: TurnKey, events: Sequence[EventDraft]) -> Change:
     row = _extend_log(db, "extend_log", key, events, now_ms())
+    if any(event.role is EventRole.ASSISTANT for event in events):
+        _execute(db, "forget_draft", (row[10], key.turn))
     turn = _execute(db, "turn", (row[10], key.turn)).fetchone()
     return Change(_run_from_row((*row[:10], *_one(turn))), _place(db, row, key, events))
 
@@ -495,7 +497,8 @@ def _read_events(db: apsw.Connection, run_id: str, after: int, limit: int, limit
     for sequence, turn, role, content, at, log_type, level, metadata in _execute(
         db, "events_after", (run_id, after, limit)
     ):
-        size += len(content) + (len(metadata) if metadata else 0)
+        size += len(content) if content.isascii() else len(content.encode())
+        size += len(metadata) if metadata else 0
         if size > limit_bytes and events:
             break
         events.append(RunEvent(sequence, turn, _ROLES[role], content, at, log_type, _LEVELS[level], metadata))

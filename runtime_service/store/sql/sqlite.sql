@@ -53,6 +53,9 @@ WHERE run_key = ?1 AND number = ?2
 -- name: take_turn_away
 UPDATE turns SET epoch = epoch + 1 WHERE run_key = ?1 AND number = ?2
 
+-- name: forget_draft
+UPDATE turns SET draft = NULL WHERE run_key = ?1 AND number = ?2 AND draft IS NOT NULL
+
 -- name: save_draft
 UPDATE turns SET draft = ?4
 WHERE run_key = (SELECT run_key FROM runs WHERE id = ?1) AND number = ?2 AND epoch = ?3 AND status = 'running'

@@ -1,0 +1,938 @@
+"""What every RunStore promises, and what the embedded one does when its file fails it."""
+
+import asyncio
+import sqlite3
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from runtime_service.errors import InvalidRequest, RunNotFound, RunServiceError, StoreUnavailable
+from runtime_service.runs import EventDraft, EventRole, LogLevel, Run, RunMode, RunStatus
+from runtime_service.store.base import Outcome, RunStore, TurnKey, TurnLost
+from runtime_service.store.sqlite import SQLiteStore
+from tests.support import (
+    ALL,
+    ORGANIZATION,
+    SERVER,
+    Disk,
+    contents,
+    eventually,
+    key_of,
+    log_of,
+    new_run,
+    next_turn,
+    run_async,
+    said,
+    write_lock,
+)
+
+COMPLETED = Outcome(RunStatus.COMPLETED, output="done")
+OUTCOMES = [
+    COMPLETED,
+    Outcome(RunStatus.COMPLETED),
+    Outcome(RunStatus.FAILED, output="so far", error="It broke.", error_code="AGENT_FAILED"),
+]
+
+
+class Stores(ABC):
+    """A place that holds runs while stores over it open and close."""
+
+    @abstractmethod
+    async def connect(self) -> RunStore:
+        """Open a store over the place."""
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[RunStore]:
+        """A store, closed at the end; turns that run then are left running, as by a crash."""
+        store = await self.connect()
+        try:
+            yield store
+        finally:
+            await store.close()
+
+
+class SQLiteStores(Stores):
+    """A SQLite file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "data" / "runs.sqlite"
+
+    async def connect(self) -> RunStore:
+        """Open the file."""
+        return await SQLiteStore.open(self.path)
+
+
+@pytest.fixture(params=["sqlite"])
+def stores(request: pytest.FixtureRequest, tmp_path: Path) -> Stores:
+    """A place of each kind."""
+    kinds: dict[str, Callable[[Path], Stores]] = {"sqlite": SQLiteStores}
+    return kinds[request.param](tmp_path)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> SQLiteStores:
+    """A SQLite file."""
+    return SQLiteStores(tmp_path)
+
+
+Check = Callable[[RunStore], Awaitable[None]]
+
+
+def with_store(stores: Stores, check: Check) -> None:
+    """Run `check` with an open store."""
+
+    async def main() -> None:
+        async with stores.open() as store:
+            await check(store)
+
+    run_async(main())
+
+
+async def running(store: RunStore, text: str = "hello") -> Run:
+    """A run whose turn 1 is running."""
+    return (await store.start_run(new_run(text), claim=True)).run
+
+
+async def snapshot(store: RunStore, run: Run) -> object:
+    """All that can be read of a run."""
+    latest = await store.get_run(run.organization, run.server_id, run.id)
+    turns = [
+        await store.get_run(run.organization, run.server_id, run.id, number)
+        for number in range(1, latest.last_turn + 1)
+    ]
+    return latest, turns, await log_of(store, run.id)
+
+
+def never(_: str) -> bool:
+    """No agent may be begun again."""
+    return False
+
+
+def always(_: str) -> bool:
+    """Every agent may be begun again."""
+    return True
+
+
+# Accepting
+
+
+@pytest.mark.parametrize("claim", [True, False])
+def test_start_run_answers_with_what_is_stored(stores: Stores, claim: bool) -> None:
+    """The change shows turn 1 and the user event, as every later read does."""
+
+    async def check(store: RunStore) -> None:
+        new = new_run("hi", title="A title", metadata=b'{"a":1}', mode=RunMode.ASYNC)
+        change = await store.start_run(new, claim=claim)
+        run = change.run
+        assert run.status is (RunStatus.RUNNING if claim else RunStatus.QUEUED)
+        assert (run.turn.attempt, run.turn.epoch) == (int(claim), int(claim))
+        assert (run.id, run.title, run.turn.input, run.turn.mode) == (new.id, "A title", "hi", RunMode.ASYNC)
+        assert (run.turn.metadata, run.thread_metadata) == (b'{"a":1}', b'{"a":1}')
+        assert (run.message_count, run.last_sequence, run.last_turn, run.turn.first_sequence) == (1, 1, 1, 1)
+        (event,) = change.events
+        assert (event.sequence, event.turn, event.role, event.content) == (1, 1, EventRole.USER, "hi")
+        assert event.metadata == b'{"a":1}'
+        assert await store.get_run(ORGANIZATION, SERVER, new.id) == run
+        assert await log_of(store, new.id) == [event]
+
+    with_store(stores, check)
+
+
+def test_continue_run_after_the_end_opens_a_running_turn(stores: Stores) -> None:
+    """With claim, the next turn of a settled run runs at once and its events go on where the log ended."""
+
+    async def check(store: RunStore) -> None:
+        run = await running(store)
+        await store.finish_turn(key_of(run), said("one"), COMPLETED)
+        change = await store.continue_run(next_turn(run, "again"), claim=True)
+        assert change.run.status is RunStatus.RUNNING
+        assert (change.run.turn.number, change.run.turn.first_sequence, change.run.turn.epoch) == (2, 3, 1)
+        assert contents(change.events) == ["again"]
+        await store.append_events(key_of(change.run), said("two"))
+        events = await log_of(store, run.id)
+        assert contents(events) == ["hello", "one", "again", "two"]
+        assert [event.turn for event in events] == [1, 1, 2, 2]
+        assert (await store.get_run(ORGANIZATION, SERVER, run.id)).message_count == 4
+
+    with_store(stores, check)
+
+
+def test_continue_run_of_a_running_turn_waits_and_leaves_no_gap(stores: Stores) -> None:
+    """Even with claim the input is queued; the events of both turns share one sequence."""
+
+    async def check(store: RunStore) -> None:
+        run = await running(store)
+        await store.append_events(key_of(run), said("a"))
+        second = (await store.continue_run(next_turn(run, "wait"), claim=True)).run
+        assert second.status is RunStatus.QUEUED
+        await store.append_events(key_of(run), said("b"))
+        assert await store.claim_turns(10) == []
+        finished = await store.finish_turn(key_of(run), said("c"), COMPLETED)
+        assert (finished.run.turn.number, finished.run.status) == (1, RunStatus.COMPLETED)
+        assert (await store.get_run(ORGANIZATION, SERVER, run.id)).status is RunStatus.QUEUED
+        (claimed,) = await store.claim_turns(10)
+        assert (claimed.run.turn.number, claimed.run.turn.input, claimed.run.turn.epoch) == (2, "wait", 1)
+        await store.finish_turn(key_of(claimed.run), said("d"), COMPLETED)
+        events = await log_of(store, run.id)
+        assert contents(events) == ["hello", "a", "wait", "b", "c", "d"]
+        assert [event.turn for event in events] == [1, 1, 2, 1, 1, 2]
+        assert (await store.get_run(ORGANIZATION, SERVER, run.id)).status is RunStatus.COMPLETED
+
+    with_store(stores, check)
+
+
+def test_continue_run_keeps_the_metadata_unless_it_brings_its_own(stores: Stores) -> None:
+    """The thread keeps the start's metadata in any case."""
+
+    async def check(store: RunStore) -> None:
+        run = (await store.start_run(new_run(metadata=b'{"n": 1}'), claim=False)).run
+        kept = (await store.continue_run(next_turn(run), claim=False)).run
+        own = (await store.continue_run(next_turn(run, metadata=b"{}"), claim=False)).run
+        assert (kept.turn.metadata, own.turn.metadata) == (b'{"n": 1}', b"{}")
+        assert own.thread_metadata == b'{"n": 1}'
+        assert [event.metadata for event in await log_of(store, run.id)] == [b'{"n": 1}', None, b"{}"]
+
+    with_store(stores, check)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [b"{}", b' {"b": 1,  "a":null}\n', b'{"n":123456789012345678901234567890}', '{"é":"日本\U0001f600"}'.encode()],
+)
+def test_metadata_comes_back_byte_for_byte(stores: Stores, metadata: bytes) -> None:
+    """Of the run, of the turn, of the user event and of an agent's event."""
+
+    async def check(store: RunStore) -> None:
+        run = (await store.start_run(new_run(metadata=metadata), claim=True)).run
+        draft = EventDraft(EventRole.ASSISTANT, "x", 1, metadata=metadata)
+        await store.finish_turn(key_of(run), [draft], COMPLETED)
+        run = await store.get_run(ORGANIZATION, SERVER, run.id)
+        assert (run.turn.metadata, run.thread_metadata) == (metadata, metadata)
+        assert [event.metadata for event in await log_of(store, run.id)] == [metadata, metadata]
+
+    with_store(stores, check)
+
+
+def test_events_come_back_as_they_were_appended(stores: Stores) -> None:
+    """Every field of an event, and any text that is valid Unicode."""
+
+    async def check(store: RunStore) -> None:
+        run = await running(store)
+        drafts = [
+            EventDraft(EventRole.EXECUTION_LOG, "", 7, "tool_call", LogLevel.SUCCESS, b'{"a":[]}'),
+            EventDraft(EventRole.SYSTEM, "日本\u202e\U0001f600\r\n", 8, None, LogLevel.WARNING),
+            EventDraft(EventRole.ASSISTANT, "x" * 100_000, 9),
+        ]
+        change = await store.append_events(key_of(run), drafts)
+        assert change.run.status is RunStatus.RUNNING
+        stored = (await log_of(store, run.id))[1:]
+        assert tuple(stored) == change.events
+        for draft, event in zip(drafts, stored, strict=True):
+            for name in draft.__struct_fields__:
+                assert getattr(event, name) == getattr(draft, name)
+
+    with_store(stores, check)
+
+
+# Settling
+
+
+@pytest.mark.parametrize("outcome", OUTCOMES)
+def test_finish_turn_stores_the_last_events_and_the_outcome(stores: Stores, outcome: Outcome) -> None:
+    """The run shows the outcome whole, with the time of its end."""
+
+    async def check(store: RunStore) -> None:
+        run = await running(store)
+        change = await store.finish_turn(key_of(run), said("bye"), outcome)
+        turn = change.run.turn
+        assert (turn.status, turn.output, turn.error, turn.error_code) == (
+            outcome.status,
+            outcome.output,
+            outcome.error,
+            outcome.error_code,
+        )
+        assert turn.completed_at_ms is not None
+        assert turn.completed_at_ms >= run.created_at_ms
+        assert contents(change.events) == ["bye"]
+        assert await store.get_run(ORGANIZATION, SERVER, run.id) == change.run
+
+    with_store(stores, check)
+
+
+Write = Callable[[RunStore, TurnKey], Awaitable[object]]
+WRITES: dict[str, Write] = {
+    "append": lambda store, key: store.append_events(key, said("late")),
+    "append nothing": lambda store, key: store.append_events(key, []),
+    "finish": lambda store, key: store.finish_turn(key, said("late"), OUTCOMES[2]),
+    "release": lambda store, key: store.release_turn(key, said("late")),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
+@pytest.mark.parametrize("end", ["completed", "failed", "cancelled", "requeued", "claimed again", "queued", "unknown"])
+def test_a_turn_that_is_not_the_writers_takes_nothing(stores: Stores, write: Write, end: str) -> None:
+    """A settled turn, another epoch, a turn or run that there is not: TurnLost, and all stays as it was."""
+
+    async def check(store: RunStore) -> None:
+        run = await running(store)
+        key = key_of(run)
+        match end:
+            case "completed":
+                await store.finish_turn(key, said("end"), COMPLETED)
+            case "failed":
+                await store.finish_turn(key, said("end"), OUTCOMES[2])
+            case "cancelled":
+                await store.cancel_run(ORGANIZATION, SERVER, run.id, [], None)
+            case "requeued":
+                await store.release_turn(key, [])
+            case "claimed again":
+                await store.release_turn(key, [])
+                assert len(await store.claim_turns(1)) == 1
+            case "queued":
+                await store.continue_run(next_turn(run), claim=False)
+                key = TurnKey(run.id, 2, 0)
+            case "unknown":
+                key = TurnKey(new_run().id, 1, 1)
+        before = await snapshot(store, run)
+        with pytest.raises(TurnLost):
+            await write(store, key)
+        assert await snapshot(store, run) == before
+
+    with_store(stores, check)
+
+
+def test_an_outcome_never_changes(stores: Stores) -> None:
+    """Neither by another finish, nor by a cancel, a recovery, or a later turn."""
+
+    async def check(store: RunStore) -> None:
+        run = await running(store)
+        settled = (await store.finish_turn(key_of(run), [], OUTCOMES[2])).run.turn
+        cancelled = await store.cancel_run(ORGANIZATION, SERVER, run.id, said("late"), "late")
+        assert cancelled.events == ()
+        assert cancelled.run.turn == settled
+        await store.save_draft(key_of(run), "late")
+        assert await store.recover(3, always) == []
+        await store.continue_run(next_turn(run), claim=True)
+        await store.cancel_run(ORGANIZATION, SERVER, run.id, [], "other")
+        assert (await store.get_run(ORGANIZATION, SERVER, run.id, 1)).turn == settled
+
+    with_store(stores, check)
+
+
+def test_release_turn_gives_the_attempt_back(stores: Stores) -> None:
+    """The turn waits again, what its agent said stays, and the next claim is the same attempt in a new epoch."""
+
+    async def check(store: RunStore) -> None:
+        run = await running(store)
+        released = await store.release_turn(key_of(run), said("so far"))
+        assert (released.run.status, released.run.turn.attempt) == (RunStatus.QUEUED, 0)
+        assert await store.queued_turns() == {run.id: 1}
+        (claimed,) = await store.claim_turns(1)
+        assert claimed.run.turn.attempt == 1
+        assert claimed.run.turn.epoch > run.turn.epoch
+        assert claimed.events == ()
+        assert contents(await log_of(store, run.id)) == ["hello", "so far"]
+
+    with_store(stores, check)
+
+
+# Cancelling
+
+
+def test_cancel_run_settles_every_open_turn(stores: Stores) -> None:
+    """The rest of the log belongs to the earliest open turn, the run shows the latest."""
+
+    async def check(store: RunStore) -> None:
+        run = await running(store)
+        await store.finish_turn(key_of(run), said("one"), COMPLETED)
+        second = (await store.continue_run(next_turn(run), claim=True)).run
+        await store.continue_run(next_turn(run, "third"), claim=False)
+        change = await store.cancel_run(ORGANIZATION, SERVER, run.id, said("rest"), "rest")
+        assert (change.run.turn.number, change.run.status) == (3, RunStatus.CANCELLED)
+        assert [(event.content, event.turn) for event in change.events][:1] == [("rest", 2)]
+        assert [event.log_type for event in change.events] == [None, "cancelled"]
+        turns = [(await store.get_run(ORGANIZATION, SERVER, run.id, number)).turn for number in (1, 2, 3)]
+        assert [turn.status for turn in turns] == [RunStatus.COMPLETED, RunStatus.CANCELLED, RunStatus.CANCELLED]
+        assert [turn.output for turn in turns] == ["done", "rest", None]
+        with pytest.raises(TurnLost):
+            await store.append_events(key_of(second), said("late"))
+        assert await store.queued_turns() == {}
+        again = await store.cancel_run(ORGANIZATION, SERVER, run.id, said("again"), "again")
+        assert (again.run, again.events) == (change.run, ())
+        await log_of(store, run.id)
+
+    with_store(stores, check)
+
+
+# Claiming
+
+
+def test_claim_turns_takes_the_oldest_first_once_each(stores: Stores) -> None:
+    """A queue in the order of acceptance, of which no turn is given to two."""
+
+    async def check(store: RunStore) -> None:
+        ids = [(await store.start_run(new_run(str(n)), claim=False)).run.id for n in range(5)]
+        first, rest = await asyncio.gather(store.claim_turns(2), store.claim_turns(10))
+        assert [change.run.id for change in first] == ids[:2]
+        assert [change.run.id for change in rest] == ids[2:]
+        for change in first + rest:
+            assert (change.run.status, change.run.turn.attempt, change.run.turn.epoch) == (RunStatus.RUNNING, 1, 1)
+        assert await store.claim_turns(10) == []
+
+    with_store(stores, check)
+
+
+def test_claim_turns_takes_one_turn_of_a_run_at_a_time(stores: Stores) -> None:
+    """Inputs of one run are executed in order; the count of those that wait goes by run."""
+
+    async def check(store: RunStore) -> None:
+        run = (await store.start_run(new_run("1"), claim=False)).run
+        other = (await store.start_run(new_run("other"), claim=False)).run
+        for text in ("2", "3"):
+            await store.continue_run(next_turn(run, text), claim=False)
+        assert await store.queued_turns() == {run.id: 3, other.id: 1}
+        for number in (1, 2, 3):
+            mine = [c.run for c in await store.claim_turns(10) if c.run.id == run.id]
+            assert [r.turn.number for r in mine] == [number]
+            latest = await store.get_run(ORGANIZATION, SERVER, run.id)
+            assert latest.status is (RunStatus.RUNNING if number == 3 else RunStatus.QUEUED)
+            await store.finish_turn(key_of(mine[0]), [], COMPLETED)
+        assert await store.queued_turns() == {}
+
+    with_store(stores, check)
+
+
+# Recovering
+
+
+def test_recover_queues_again_up_to_the_attempts_then_fails(stores: Stores) -> None:
+    """Each new attempt is told in the log; past the last the turn fails as RUNTIME_LOST."""
+
+    async def main() -> None:
+        async with stores.open() as store:
+            run = await running(store)
+        for attempt in (2, 3):
+            async with stores.open() as store:
+                (change,) = await store.recover(3, always)
+                assert change.run.status is RunStatus.QUEUED
+                (claimed,) = await store.claim_turns(1)
+                assert claimed.run.turn.attempt == attempt
+                assert claimed.run.turn.epoch > run.turn.epoch
+                assert [event.log_type for event in claimed.events] == ["attempt"]
+                with pytest.raises(TurnLost):
+                    await store.append_events(key_of(run), said("late"))
+                run = claimed.run
+        async with stores.open() as store:
+            (change,) = await store.recover(3, always)
+            assert change.run.turn.error_code == "RUNTIME_LOST"
+            assert "attempt 3" in (change.run.turn.error or "")
+            assert await store.claim_turns(1) == []
+            assert await store.recover(3, always) == []
+            log_types = [event.log_type for event in await log_of(store, run.id)]
+            assert log_types == [None, "attempt", "attempt", "runtime_lost"]
+            assert await store.get_run(ORGANIZATION, SERVER, run.id) == change.run
+
+    run_async(main())
+
+
+def test_recover_fails_at_once_what_may_not_be_repeated(stores: Stores) -> None:
+    """The agent decides, by its server; queued turns are none of it, and are executed."""
+
+    async def main() -> None:
+        async with stores.open() as store:
+            run = await running(store)
+            await store.continue_run(next_turn(run, "waits"), claim=False)
+            other = (await store.start_run(new_run(server_id="other"), claim=True)).run
+        async with stores.open() as store:
+            changes = await store.recover(3, lambda server_id: server_id == "other")
+            assert {change.run.id: change.run.status for change in changes} == {
+                run.id: RunStatus.FAILED,
+                other.id: RunStatus.QUEUED,
+            }
+            assert (await store.get_run(ORGANIZATION, SERVER, run.id)).status is RunStatus.QUEUED
+            claimed = {change.run.id: change.run.turn.number for change in await store.claim_turns(10)}
+            assert claimed == {run.id: 2, other.id: 1}
+
+    run_async(main())
+
+
+@pytest.mark.parametrize("may_repeat", [always, never])
+def test_recover_keeps_the_draft_as_incomplete(stores: Stores, may_repeat: Callable[[str], bool]) -> None:
+    """What the agent had said of its message is an event, once; the failed turn has it as its output."""
+
+    async def main() -> None:
+        async with stores.open() as store:
+            run = await running(store)
+            await store.save_draft(key_of(run), "half a sen")
+            await store.save_draft(key_of(run), "half a sentence")
+            assert len(await log_of(store, run.id)) == 1
+        async with stores.open() as store:
+            (change,) = await store.recover(3, may_repeat)
+            incomplete = [event for event in await log_of(store, run.id) if event.log_type == "incomplete"]
+            assert [(event.role, event.content) for event in incomplete] == [(EventRole.ASSISTANT, "half a sentence")]
+            assert change.run.turn.output == (None if may_repeat is always else "half a sentence")
+            await store.claim_turns(1)
+        async with stores.open() as store:
+            await store.recover(3, may_repeat)
+            assert sum(event.log_type == "incomplete" for event in await log_of(store, run.id)) == 1
+
+    run_async(main())
+
+
+def test_recover_does_not_repeat_a_message_that_was_stored_whole(stores: Stores) -> None:
+    """The message that ends a draft takes its place; the log does not hold its text twice."""
+
+    async def main() -> None:
+        async with stores.open() as store:
+            run = await running(store)
+            await store.save_draft(key_of(run), "half")
+            await store.append_events(key_of(run), said("half and half"))
+        async with stores.open() as store:
+            await store.recover(3, always)
+            assert contents(await log_of(store, run.id)) == ["hello", "half and half"]
+
+    run_async(main())
+
+
+def test_recover_keeps_the_draft_behind_an_entry_of_the_execution_log(stores: Stores) -> None:
+    """A log line does not end the message in the making."""
+
+    async def main() -> None:
+        async with stores.open() as store:
+            run = await running(store)
+            await store.save_draft(key_of(run), "half")
+            await store.append_events(key_of(run), [EventDraft(EventRole.EXECUTION_LOG, "a line", 1)])
+        async with stores.open() as store:
+            await store.recover(3, always)
+            assert contents(await log_of(store, run.id)) == ["hello", "a line", "half"]
+
+    run_async(main())
+
+
+def test_save_draft_of_a_lost_turn_does_nothing(stores: Stores) -> None:
+    """A draft under an old epoch does not become anybody's text."""
+
+    async def main() -> None:
+        async with stores.open() as store:
+            run = await running(store)
+            await store.release_turn(key_of(run), [])
+            await store.claim_turns(1)
+            await store.save_draft(key_of(run), "late")
+        async with stores.open() as store:
+            await store.recover(3, always)
+            assert contents(await log_of(store, run.id)) == ["hello"]
+
+    run_async(main())
+
+
+# Reading
+
+
+def test_another_organizations_run_is_not_found(stores: Stores) -> None:
+    """Nor another server's; it answers exactly as a run that does not exist, and nothing is written."""
+
+    async def check(store: RunStore) -> None:
+        run = await running(store)
+        before = await snapshot(store, run)
+        missing = new_run().id
+        for organization, server_id, run_id in [
+            ("other", SERVER, run.id),
+            (ORGANIZATION, "other", run.id),
+            (ORGANIZATION, SERVER, missing),
+        ]:
+            asked = new_run(organization=organization, server_id=server_id)
+            stranger = next_turn(asked)
+            attempts: list[Awaitable[object]] = [
+                store.get_run(organization, server_id, run_id),
+                store.cancel_run(organization, server_id, run_id, said("x"), "x"),
+                store.continue_run(
+                    type(stranger)(organization, server_id, run_id, "x", RunMode.SYNC, 1),
+                    claim=True,
+                ),
+            ]
+            for attempt in attempts:
+                with pytest.raises(RunNotFound) as caught:
+                    await attempt
+                assert caught.value.message == RunNotFound(run_id).message
+        assert await snapshot(store, run) == before
+        assert (await store.list_runs("other", SERVER, status=None, token=None, limit=9)).runs == []
+
+    with_store(stores, check)
+
+
+def test_list_runs_pages_from_the_newest(stores: Stores) -> None:
+    """Every run once, newest first, also while new ones come; the last page has no token."""
+
+    async def check(store: RunStore) -> None:
+        ids = [(await store.start_run(new_run(), claim=False)).run.id for _ in range(5)]
+        await store.start_run(new_run(server_id="other"), claim=False)
+        await store.start_run(new_run(organization="other"), claim=False)
+        seen: list[str] = []
+        token = None
+        sizes = []
+        while True:
+            page = await store.list_runs(ORGANIZATION, SERVER, status=None, token=token, limit=2)
+            seen += [run.id for run in page.runs]
+            sizes.append(len(page.runs))
+            token = page.next_token
+            if token is None:
+                break
+            await store.start_run(new_run(), claim=False)
+        assert seen == ids[::-1]
+        assert sizes == [2, 2, 1]
+        page = await store.list_runs(ORGANIZATION, SERVER, status=None, token=None, limit=7)
+        assert (len(page.runs), page.next_token) == (7, None)
+
+    with_store(stores, check)
+
+
+def test_list_runs_by_status_goes_by_the_latest_turn(stores: Stores) -> None:
+    """Each run is listed under exactly one status, the one that it shows."""
+
+    async def check(store: RunStore) -> None:
+        queued = (await store.start_run(new_run(), claim=False)).run
+        run = await running(store)
+        completed, failed, cancelled, resumed = [await running(store) for _ in range(4)]
+        await store.finish_turn(key_of(completed), [], COMPLETED)
+        await store.finish_turn(key_of(failed), [], OUTCOMES[2])
+        await store.cancel_run(ORGANIZATION, SERVER, cancelled.id, [], None)
+        await store.finish_turn(key_of(resumed), [], COMPLETED)
+        await store.continue_run(next_turn(resumed), claim=False)
+        expected = {
+            RunStatus.QUEUED: [resumed.id, queued.id],
+            RunStatus.RUNNING: [run.id],
+            RunStatus.COMPLETED: [completed.id],
+            RunStatus.FAILED: [failed.id],
+            RunStatus.CANCELLED: [cancelled.id],
+        }
+        for status, ids in expected.items():
+            page = await store.list_runs(ORGANIZATION, SERVER, status=status, token=None, limit=9)
+            assert [run.id for run in page.runs] == ids
+            assert {run.status for run in page.runs} == {status}
+        page = await store.list_runs(ORGANIZATION, SERVER, status=RunStatus.QUEUED, token=None, limit=1)
+        assert page.next_token is not None
+        page = await store.list_runs(ORGANIZATION, SERVER, status=RunStatus.QUEUED, token=page.next_token, limit=1)
+        assert ([run.id for run in page.runs], page.next_token) == ([queued.id], None)
+
+    with_store(stores, check)
+
+
+@pytest.mark.parametrize("token", ["", "x", "run_" + "0" * 32, "é\U0001f600", "' OR 1=1 --"])
+def test_list_runs_refuses_a_token_that_is_not_ours(stores: Stores, token: str) -> None:
+    """InvalidRequest names the field; a token of another organization is not ours either."""
+
+    async def check(store: RunStore) -> None:
+        foreign = (await store.start_run(new_run(organization="other"), claim=False)).run.id
+        for bad in (token, foreign):
+            with pytest.raises(InvalidRequest) as caught:
+                await store.list_runs(ORGANIZATION, SERVER, status=None, token=bad, limit=9)
+            assert caught.value.field == "page_token"
+
+    with_store(stores, check)
+
+
+def test_read_events_stops_at_the_limits(stores: Stores) -> None:
+    """By number and by bytes of UTF-8, but never without an event where there is one."""
+
+    async def check(store: RunStore) -> None:
+        run = await running(store, "u" * 10)
+        await store.append_events(key_of(run), said("a" * 10, "é" * 10, "\U0001f600" * 10, "b" * 10))
+
+        async def sequences(after: int, limit: int = ALL, limit_bytes: int = ALL) -> list[int]:
+            return [event.sequence for event in await store.read_events(run.id, after, limit, limit_bytes)]
+
+        assert await sequences(0) == [1, 2, 3, 4, 5]
+        assert await sequences(2, limit=2) == [3, 4]
+        assert await sequences(0, limit_bytes=1) == [1]
+        assert await sequences(0, limit_bytes=20) == [1, 2]
+        assert await sequences(0, limit_bytes=39) == [1, 2]
+        assert await sequences(0, limit_bytes=40) == [1, 2, 3]
+        assert await sequences(3, limit_bytes=1) == [4]
+        assert await sequences(5) == []
+        assert await sequences(1 << 60) == []
+        assert await store.read_events("run_none", 0, 10, 10) == []
+
+    with_store(stores, check)
+
+
+def test_read_messages_tells_the_thread_turn_by_turn(stores: Stores) -> None:
+    """User and assistant messages of the turns before, oldest first, without log lines and half messages."""
+
+    async def check(store: RunStore) -> None:
+        run = await running(store, "u1")
+        await store.append_events(key_of(run), said("a1"))
+        await store.continue_run(next_turn(run, "u2"), claim=False)
+        rest = [
+            EventDraft(EventRole.EXECUTION_LOG, "log", 1),
+            EventDraft(EventRole.ASSISTANT, "half", 1, log_type="incomplete"),
+            EventDraft(EventRole.SYSTEM, "system", 1),
+        ]
+        await store.finish_turn(key_of(run), [*rest, *said("b1")], COMPLETED)
+        await store.continue_run(next_turn(run, "u3"), claim=False)
+        user, assistant = EventRole.USER, EventRole.ASSISTANT
+        whole = [(user, "u1"), (assistant, "a1"), (assistant, "b1"), (user, "u2")]
+        assert await store.read_messages(run.id, 3, 100) == whole
+        assert await store.read_messages(run.id, 3, 2) == whole[2:]
+        assert await store.read_messages(run.id, 2, 100) == whole[:3]
+        assert await store.read_messages(run.id, 1, 100) == []
+
+    with_store(stores, check)
+
+
+# Durability
+
+
+def test_a_reopened_store_shows_the_same(stores: Stores) -> None:
+    """Everything that was acknowledged is there afterwards, as it was."""
+
+    async def main() -> None:
+        async with stores.open() as store:
+            run = await running(store)
+            await store.append_events(key_of(run), said("one", "two"))
+            other = await running(store)
+            await store.finish_turn(key_of(other), said("end"), OUTCOMES[2])
+            await store.continue_run(next_turn(other), claim=False)
+            before = [await snapshot(store, run), await snapshot(store, other), await store.queued_turns()]
+        async with stores.open() as store:
+            assert [await snapshot(store, run), await snapshot(store, other), await store.queued_turns()] == before
+            assert (await store.append_events(key_of(run), said("three"))).events[0].sequence == 4
+
+    run_async(main())
+
+
+def test_close_finishes_what_was_asked_for(stores: Stores) -> None:
+    """Writes under way are committed and told; later ones are refused."""
+
+    async def main() -> None:
+        store = await stores.connect()
+        news = [new_run() for _ in range(20)]
+        writes = [asyncio.ensure_future(store.start_run(new, claim=False)) for new in news]
+        await store.close()
+        assert [(await write).run.id for write in writes] == [new.id for new in news]
+        with pytest.raises(StoreUnavailable):
+            await store.start_run(new_run(), claim=False)
+        await store.close()
+        async with stores.open() as again:
+            assert len(await again.queued_turns()) == 20
+
+    run_async(main())
+
+
+def test_a_cancelled_caller_does_not_undo_its_write(file: SQLiteStores) -> None:
+    """The task that waits is cancelled while the commit is under way; the run is there, and the next write works."""
+
+    async def main() -> None:
+        async with file.open() as store:
+            new = new_run()
+
+            async def start() -> None:
+                await store.start_run(new, claim=True)
+
+            with write_lock(file.path):
+                waiting = asyncio.create_task(start())
+                await asyncio.sleep(0)
+                waiting.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await waiting
+            await running(store)
+            assert (await store.get_run(ORGANIZATION, SERVER, new.id)).status is RunStatus.RUNNING
+
+    run_async(main())
+
+
+# The SQLite file
+
+
+def test_sqlite_writers_share_commits(file: SQLiteStores, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits while a commit is under way goes into the next one, whatever kind of write it is."""
+    disk = Disk(monkeypatch)
+
+    async def main() -> None:
+        async with file.open() as store:
+            run = await running(store)
+            before = disk.commits
+            with write_lock(file.path):
+                writes = [store.start_run(new_run(str(n)), claim=bool(n % 2)) for n in range(300)]
+                appends = [store.append_events(key_of(run), said(str(n))) for n in range(300)]
+            await asyncio.gather(*writes, *appends)
+            assert disk.commits - before <= 2
+            assert contents(await log_of(store, run.id))[1:] == [str(n) for n in range(300)]
+
+    run_async(main())
+
+
+def test_sqlite_write_that_is_refused_does_not_hurt_its_batch(file: SQLiteStores) -> None:
+    """A domain error, a broken constraint and an unstorable text fail alone; nothing of them is there."""
+
+    async def main() -> None:
+        async with file.open() as store:
+            run = await running(store)
+            news = [new_run(str(n)) for n in range(4)]
+            with write_lock(file.path):
+                writes = [
+                    store.start_run(news[0], claim=False),
+                    store.append_events(TurnKey(run.id, 1, 9), said("wrong epoch")),
+                    store.start_run(news[1], claim=False),
+                    store.start_run(news[0], claim=False),  # the same id again
+                    store.append_events(key_of(run), said("kept")),
+                    store.append_events(key_of(run), said("x", "\ud800")),
+                    store.finish_turn(key_of(run), said("\ud800"), COMPLETED),
+                    store.start_run(new_run("\ud800"), claim=False),
+                    store.continue_run(next_turn(news[3]), claim=False),
+                    store.start_run(news[2], claim=False),
+                ]
+            results = await asyncio.gather(*writes, return_exceptions=True)
+            kinds = [type(result).__name__ for result in results]
+            assert kinds == [
+                "Change",
+                "TurnLost",
+                "Change",
+                "StoreUnavailable",
+                "Change",
+                "UnicodeEncodeError",
+                "UnicodeEncodeError",
+                "UnicodeEncodeError",
+                "RunNotFound",
+                "Change",
+            ]
+            assert set(await store.queued_turns()) == {new.id for new in news[:3]}
+            assert contents(await log_of(store, run.id)) == ["hello", "kept"]
+            after = await store.get_run(ORGANIZATION, SERVER, run.id)
+            assert (after.status, after.last_sequence) == (RunStatus.RUNNING, 2)
+
+    run_async(main())
+
+
+@pytest.mark.parametrize("failure", ["full", "read-only", "commit", "locked"])
+def test_sqlite_that_takes_no_writes_is_store_unavailable(
+    file: SQLiteStores, monkeypatch: pytest.MonkeyPatch, failure: str
+) -> None:
+    """The caller may try again; nothing of the write is there, reads go on, and the next write works."""
+    disk = Disk(monkeypatch)
+
+    async def main() -> None:
+        async with file.open() as store:
+            run = await running(store)
+            before = await snapshot(store, run)
+            writer = disk.writer
+            pages = writer.pragma("page_count")
+            match failure:
+                case "full":
+                    writer.pragma("max_page_count", pages)
+                case "read-only":
+                    writer.pragma("query_only", True)
+                case "commit":
+                    disk.refuse = 5
+                case "locked":
+                    writer.set_busy_timeout(1)
+            lock = write_lock(file.path) if failure == "locked" else None
+            if lock is not None:
+                lock.__enter__()
+            writes = [store.append_events(key_of(run), said("x" * 100_000)) for _ in range(4)]
+            for result in await asyncio.gather(*writes, return_exceptions=True):
+                assert isinstance(result, StoreUnavailable)
+                assert result.retry_after_seconds is not None
+            assert await snapshot(store, run) == before
+            if lock is not None:
+                lock.__exit__(None, None, None)
+            writer.pragma("max_page_count", 1 << 30)
+            writer.pragma("query_only", False)
+            disk.refuse = 0
+            assert (await store.append_events(key_of(run), said("x" * 100_000))).events[0].sequence == 2
+
+    run_async(main())
+
+
+def test_sqlite_read_that_fails_is_store_unavailable(file: SQLiteStores, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message says that the store cannot be read, and no more."""
+    disk = Disk(monkeypatch)
+
+    async def main() -> None:
+        async with file.open() as store:
+            run = await running(store)
+            await asyncio.gather(*(store.get_run(ORGANIZATION, SERVER, run.id) for _ in range(8)))
+            for connection in disk.connections:
+                if connection is not disk.writer:
+                    connection.interrupt()
+                    connection.set_progress_handler(lambda: True, 1)
+            with pytest.raises(StoreUnavailable, match="cannot be read"):
+                await store.get_run(ORGANIZATION, SERVER, run.id)
+            for connection in disk.connections:
+                connection.set_progress_handler(None)
+            assert (await store.get_run(ORGANIZATION, SERVER, run.id)) == run
+
+    run_async(main())
+
+
+def test_sqlite_second_opener_is_refused(file: SQLiteStores) -> None:
+    """One file, one runtime service; the message says what to do, and the first goes on."""
+
+    async def main() -> None:
+        async with file.open() as store:
+            with pytest.raises(StoreUnavailable, match="in use by another runtime service") as caught:
+                await file.connect()
+            assert str(file.path) in caught.value.message
+            await running(store)
+        async with file.open() as store:
+            await running(store)
+
+    run_async(main())
+
+
+def test_sqlite_of_another_schema_is_refused_untouched(file: SQLiteStores) -> None:
+    """A newer program's file is left alone, and can be opened by nobody else's fault afterwards."""
+
+    async def main() -> None:
+        async with file.open() as store:
+            run = await running(store)
+        with sqlite3.connect(file.path) as connection:
+            connection.execute("PRAGMA user_version = 7")
+        connection.close()
+        with pytest.raises(StoreUnavailable, match=r"schema version 7; this program knows version 1") as caught:
+            await file.connect()
+        assert str(file.path) in caught.value.message
+        with sqlite3.connect(file.path) as connection:
+            connection.execute("PRAGMA user_version = 1")
+        connection.close()
+        async with file.open() as store:
+            assert await store.get_run(ORGANIZATION, SERVER, run.id) == run
+
+    run_async(main())
+
+
+def test_sqlite_file_that_is_none_is_refused(file: SQLiteStores) -> None:
+    """Something else under the store's name is not overwritten."""
+    file.path.parent.mkdir()
+    file.path.write_bytes(b"no database at all" * 1000)
+    with pytest.raises(StoreUnavailable, match="cannot be opened as the run store"):
+        run_async(file.connect())
+    assert file.path.read_bytes().startswith(b"no database at all")
+
+
+def test_sqlite_holds_more_writes_than_one_transaction_takes(file: SQLiteStores) -> None:
+    """A flood of writes is served whole and in order, a bounded number a transaction."""
+
+    async def main() -> None:
+        async with file.open() as store:
+            run = await running(store)
+            done = 0
+
+            async def append(n: int) -> None:
+                nonlocal done
+                await store.append_events(key_of(run), said(str(n)))
+                done += 1
+
+            tasks = [asyncio.create_task(append(n)) for n in range(2_500)]
+            await eventually(lambda: done == len(tasks))
+            assert contents(await log_of(store, run.id))[1:] == [str(n) for n in range(2_500)]
+
+    run_async(main())
+
+
+def test_every_refusal_of_a_store_is_a_domain_error() -> None:
+    """Callers need to know no database to handle what a store raises."""
+    for kind in (InvalidRequest, RunNotFound, StoreUnavailable):
+        assert issubclass(kind, RunServiceError)

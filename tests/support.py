@@ -1,0 +1,235 @@
+"""What several tests of the runtime service share: patience, a disk that can fail, agents that do as a test says."""
+
+import asyncio
+import gc
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import apsw
+import msgspec
+import pytest
+
+from runtime_service.agents import Agent, AgentOutput, TurnContext
+from runtime_service.event_log import EventLog
+from runtime_service.executor import Executor, ExecutorLimits
+from runtime_service.registry import Registry, Server
+from runtime_service.runs import EventDraft, EventRole, Run, RunEvent, RunMode, RunStatus, new_run_id, now_ms
+from runtime_service.store.base import NewRun, NewTurn, RunStore, TurnKey
+from runtime_service.store.sqlite import SQLiteStore
+
+LIMIT_SECONDS = 20.0
+ORGANIZATION = "default"
+SERVER = "assistant"
+ALL = 1 << 30
+
+_T = TypeVar("_T")
+
+
+def run_async(main: Coroutine[Any, Any, _T]) -> _T:
+    """Run `main` within the limit; what a task or callback failed with unseen fails the test, too."""
+    unseen: list[str] = []
+
+    async def limited() -> _T:
+        asyncio.get_running_loop().set_exception_handler(
+            lambda _, context: unseen.append(f"{context['message']}: {context.get('exception')!r}")
+        )
+        async with asyncio.timeout(LIMIT_SECONDS):
+            result = await main
+        # An exception that nobody looked at is told when its future goes.
+        gc.collect()
+        return result
+
+    result = asyncio.run(limited())
+    assert not unseen
+    return result
+
+
+async def eventually(fact: Callable[[], object]) -> None:
+    """Return once `fact()` holds; fails after the limit."""
+    async with asyncio.timeout(LIMIT_SECONDS):
+        while not fact():
+            await asyncio.sleep(0.002)
+
+
+class Disk:
+    """Stands between the store's writing connection and its file; made before the store is opened.
+
+    `commits` counts; the next `refuse` commits fail, as they do on a disk that is full.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.commits = 0
+        self.refuse = 0
+        self.connections: list[apsw.Connection] = []
+        monkeypatch.setattr(apsw, "connection_hooks", [self._attach])
+
+    @property
+    def writer(self) -> apsw.Connection:
+        """The connection of the store opened last that writes."""
+        return next(c for c in reversed(self.connections) if c.open_flags & apsw.SQLITE_OPEN_READWRITE)
+
+    def _attach(self, connection: apsw.Connection) -> None:
+        self.connections.append(connection)
+        connection.set_commit_hook(self._on_commit)
+
+    def _on_commit(self) -> bool:
+        if self.refuse:
+            self.refuse -= 1
+            return True
+        self.commits += 1
+        return False
+
+
+@contextmanager
+def write_lock(path: Path) -> Iterator[None]:
+    """Hold up every commit to the SQLite file, as a slow disk does."""
+    connection = apsw.Connection(str(path))
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    finally:
+        connection.execute("ROLLBACK")
+        connection.close()
+
+
+def new_run(
+    text: str = "hello",
+    *,
+    organization: str = ORGANIZATION,
+    server_id: str = SERVER,
+    mode: RunMode = RunMode.SYNC,
+    title: str | None = None,
+    metadata: bytes | None = None,
+) -> NewRun:
+    """A run to be accepted."""
+    return NewRun(new_run_id(), organization, server_id, text, mode, now_ms(), title, metadata)
+
+
+def next_turn(run: Run | NewRun, text: str = "more", *, metadata: bytes | None = None) -> NewTurn:
+    """The next input of a run."""
+    return NewTurn(run.organization, run.server_id, run.id, text, RunMode.SYNC, now_ms(), metadata)
+
+
+def key_of(run: Run) -> TurnKey:
+    """The key under which the turn shown may be written to."""
+    return TurnKey(run.id, run.turn.number, run.turn.epoch)
+
+
+def said(*texts: str) -> list[EventDraft]:
+    """Messages of an agent."""
+    return [EventDraft(EventRole.ASSISTANT, text, now_ms()) for text in texts]
+
+
+async def log_of(store: RunStore, run_id: str) -> list[RunEvent]:
+    """The whole log of a run, which has no gap."""
+    events = await store.read_events(run_id, 0, ALL, ALL)
+    assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+    return events
+
+
+def contents(events: list[RunEvent] | tuple[RunEvent, ...]) -> list[str]:
+    """What the events say."""
+    return [event.content for event in events]
+
+
+Script = Callable[[TurnContext], AsyncGenerator[AgentOutput]]
+
+
+class ScriptedAgent(Agent):
+    """Does in each turn what its script says, and remembers who ran."""
+
+    Options = msgspec.Struct
+
+    def __init__(self, script: Script, *, repeatable: bool = True) -> None:
+        self._script = script
+        self.repeatable = repeatable
+        self.reason: str | None = None
+        self.inputs: list[str] = []
+        self.running = 0
+        self.most_running = 0
+
+    def unavailable_reason(self) -> str | None:
+        """Return what the test has set."""
+        return self.reason
+
+    async def run(self, turn: TurnContext) -> AsyncGenerator[AgentOutput]:
+        """Follow the script."""
+        self.inputs.append(turn.input)
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            async for output in self._script(turn):
+                yield output
+        finally:
+            self.running -= 1
+
+
+class Runtime:
+    """Store, event log and executor of one process, without gRPC."""
+
+    def __init__(self, store: RunStore, event_log: EventLog, executor: Executor, servers: Mapping[str, Server]) -> None:
+        self.store = store
+        self.event_log = event_log
+        self.executor = executor
+        self.servers = servers
+
+    async def start(self, text: str = "hello", *, server_id: str = SERVER, metadata: bytes | None = None) -> Run:
+        """Start a run."""
+        new = new_run(text, server_id=server_id, metadata=metadata)
+        return (await self.executor.start_run(new, self.servers[server_id])).run
+
+    async def resume(self, run: Run, text: str = "more") -> Run:
+        """Continue a run."""
+        return (await self.executor.continue_run(next_turn(run, text), self.servers[run.server_id])).run
+
+    async def cancel(self, run: Run) -> Run:
+        """Cancel a run."""
+        return (await self.executor.cancel_run(run.organization, run.server_id, run.id)).run
+
+    async def get(self, run: Run, turn: int | None = None) -> Run:
+        """Read a run."""
+        return await self.store.get_run(run.organization, run.server_id, run.id, turn)
+
+    async def until(self, fact: Callable[[], Awaitable[bool]]) -> None:
+        """Return once `fact()` holds; fails after the limit."""
+        async with asyncio.timeout(LIMIT_SECONDS):
+            while not await fact():
+                await asyncio.sleep(0.002)
+
+    async def until_status(self, run: Run, *statuses: RunStatus, turn: int | None = None) -> Run:
+        """Return the run once its turn has one of these statuses."""
+        found: list[Run] = []
+
+        async def reached() -> bool:
+            found[:] = [await self.get(run, turn)]
+            return found[0].status in statuses
+
+        await self.until(reached)
+        return found[0]
+
+
+@asynccontextmanager
+async def runtime(
+    path: Path,
+    agents: Mapping[str, Agent] | Agent,
+    limits: ExecutorLimits | None = None,
+    *,
+    turn_timeout_seconds: float = 3_600,
+    drain_seconds: float = 0,
+) -> AsyncIterator[Runtime]:
+    """A runtime over the SQLite file at `path`, drained at the end."""
+    by_id = {SERVER: agents} if isinstance(agents, Agent) else agents
+    servers = {name: Server(name, ORGANIZATION, agent, turn_timeout_seconds) for name, agent in by_id.items()}
+    store = await SQLiteStore.open(path)
+    event_log = EventLog(store)
+    limits = limits or ExecutorLimits(cancel_grace_seconds=0.05)
+    executor = Executor(store, event_log, Registry(servers, {}), limits)
+    await executor.start()
+    try:
+        yield Runtime(store, event_log, executor, servers)
+    finally:
+        await executor.drain(drain_seconds)
+        event_log.close()
+        await store.close()
