@@ -188,24 +188,25 @@ class RunHandlers:
         if form is not None:
             return await self._streams.relay(request, updates, form, begin)
         try:
-            pages = updates.__aiter__()
-            first = await anext(pages)
+            first = await updates.next()
+            assert first is not None, "a turn has at least one update"
             run = first.run
             _, headers = begin(run)
             status = finished_status if run.status in TERMINAL and wait.seconds else 202
             if wait.applied is not None:
                 headers["Preference-Applied"] = wait.applied
             head = _head(target, run, first.thread)
-            second = await anext(pages, None)
+            second = await updates.next()
             if second is None:
                 body = b'%b,"events":[%b]}' % (head, _join(first.events))
                 return web.Response(body=body, status=status, headers=headers, content_type=_JSON)
 
             async def rest() -> AsyncIterator[Iterable[pb.RunEvent]]:
                 yield first.events
-                yield second.events
-                async for update in pages:
+                update: rpc.RunUpdate | None = second
+                while update is not None:
                     yield update.events
+                    update = await updates.next()
 
             return await _write_pieces(request, status, headers, head, rest(), b"]}")
         finally:

@@ -5,8 +5,7 @@ grpc.aio.AioRpcError, or as ApiError when the runtime service cannot be reached 
 """
 
 import asyncio
-from collections.abc import AsyncIterator
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -67,10 +66,10 @@ class UpdateStream:
     def __init__(self, call: UpdateCall) -> None:
         self._call = call
 
-    async def __aiter__(self) -> AsyncIterator[rpc.RunUpdate]:
-        """Yield updates until the operation ends."""
-        async for response in self._call:
-            yield response.update
+    async def next(self) -> rpc.RunUpdate | None:
+        """Return the next update, None when the operation has ended. Raises grpc.aio.AioRpcError."""
+        response: Any = await self._call.read()
+        return None if response is grpc.aio.EOF else response.update
 
     def cancel(self) -> None:
         """Stop waiting for updates; the run goes on."""

@@ -125,7 +125,7 @@ class StreamRelay:
         response: web.StreamResponse | None = None
         try:
             try:
-                async for update in self._updates:
+                while (update := await self._updates.next()) is not None:
                     data = frames.update(update)
                     if response is None:
                         response = begin(update.run)

@@ -41,9 +41,8 @@ from runtime_service.store.base import (
 log = logging.getLogger(__name__)
 
 MAX_EVENT_BYTES = 1 << 20
-_MAX_PENDING_EVENTS = 500
+_MAX_UNSTORED_OUTPUTS = 500
 _MAX_PENDING_BYTES = 1 << 20
-_YIELD_OUTPUTS = 500
 _DRAFT_SECONDS = 1.0
 _HISTORY_MESSAGES = 1_000
 _STORE_RETRY_SECONDS = 1.0
@@ -148,11 +147,10 @@ class Execution:
                 async for output in outputs:
                     self._add(output)
                     count += 1
-                    if len(self._pending) >= _MAX_PENDING_EVENTS or self._pending_bytes >= _MAX_PENDING_BYTES:
+                    if count >= _MAX_UNSTORED_OUTPUTS or self._pending_bytes >= _MAX_PENDING_BYTES:
+                        # Also keeps an agent that never awaits from keeping the others from running.
+                        count = 0
                         await self._drain()
-                    elif not count % _YIELD_OUTPUTS:
-                        # An agent that never awaits must not keep the others from running.
-                        await asyncio.sleep(0)
         except AgentError as error:
             return Outcome(RunStatus.FAILED, error=error.message, error_code=error.code)
         except (TurnLost, asyncio.CancelledError):
@@ -265,8 +263,9 @@ class Execution:
             self._flushing = None
 
     async def _drain(self) -> None:
-        """Wait until what was pending is stored."""
+        """Wait until what was pending is stored; let others run."""
         self._begin_flush()
+        await asyncio.sleep(0)
         while self._flushing is not None:
             await asyncio.wait([self._flushing])
         if self._lost:

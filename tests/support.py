@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -49,19 +50,23 @@ def run_async(main: Coroutine[Any, Any, _T]) -> _T:
 async def eventually(fact: Callable[[], object]) -> None:
     """Return once `fact()` holds; fails after the limit."""
     async with asyncio.timeout(LIMIT_SECONDS):
-        while not fact():
+        while not fact():  # noqa: ASYNC110 - facts of any kind, told by nobody
             await asyncio.sleep(0.002)
 
 
 class Disk:
     """Stands between the store's writing connection and its file; made before the store is opened.
 
-    `commits` counts; the next `refuse` commits fail, as they do on a disk that is full.
+    `commits` counts; the next `refuse` commits fail, as they do on a disk that is full. `holding` says that a
+    commit is being held up.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.commits = 0
         self.refuse = 0
+        self.holding = False
+        self._let = threading.Event()
+        self._let.set()
         self.connections: list[apsw.Connection] = []
         monkeypatch.setattr(apsw, "connection_hooks", [self._attach])
 
@@ -70,11 +75,23 @@ class Disk:
         """The connection of the store opened last that writes."""
         return next(c for c in reversed(self.connections) if c.open_flags & apsw.SQLITE_OPEN_READWRITE)
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold up every commit, as a slow disk does."""
+        self._let.clear()
+        try:
+            yield
+        finally:
+            self._let.set()
+
     def _attach(self, connection: apsw.Connection) -> None:
         self.connections.append(connection)
         connection.set_commit_hook(self._on_commit)
 
     def _on_commit(self) -> bool:
+        self.holding = not self._let.is_set()
+        self._let.wait(LIMIT_SECONDS)
+        self.holding = False
         if self.refuse:
             self.refuse -= 1
             return True
@@ -84,7 +101,7 @@ class Disk:
 
 @contextmanager
 def write_lock(path: Path) -> Iterator[None]:
-    """Hold up every commit to the SQLite file, as a slow disk does."""
+    """Keep everybody else from writing to the SQLite file."""
     connection = apsw.Connection(str(path))
     connection.execute("BEGIN IMMEDIATE")
     try:
@@ -195,7 +212,7 @@ class Runtime:
     async def until(self, fact: Callable[[], Awaitable[bool]]) -> None:
         """Return once `fact()` holds; fails after the limit."""
         async with asyncio.timeout(LIMIT_SECONDS):
-            while not await fact():
+            while not await fact():  # noqa: ASYNC110 - as above
                 await asyncio.sleep(0.002)
 
     async def until_status(self, run: Run, *statuses: RunStatus, turn: int | None = None) -> Run:

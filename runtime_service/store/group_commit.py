@@ -38,9 +38,9 @@ class _Asked:
 class GroupCommitWriter:
     """Owns the writing connection.
 
-    A write is a function of the connection. It may raise an exception of its own only before it has changed
-    anything: the others of its transaction are committed all the same. A failure of the database rolls the
-    transaction back and gives each of its writes one more try, alone.
+    A write is a function of the connection. It may raise an exception of its own before it has changed anything:
+    the others of its transaction are committed all the same. A failure of the database, or an exception after a
+    change, rolls the transaction back and gives each of its writes one more try, alone.
     """
 
     def __init__(self, connection: apsw.Connection) -> None:

@@ -1,0 +1,310 @@
+"""Any order of writes, crashes and reopenings against a simple model of what a RunStore promises."""
+
+import asyncio
+import contextlib
+import tempfile
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from runtime_service.runs import ALLOWED, TERMINAL, Run, RunStatus
+from runtime_service.store.base import Change, Outcome, TurnKey, TurnLost
+from runtime_service.store.sqlite import SQLiteStore
+from tests.support import ORGANIZATION, SERVER, contents, log_of, new_run, next_turn, said
+
+MAX_ATTEMPTS = 2
+OUTCOMES = [Outcome(RunStatus.COMPLETED, "out"), Outcome(RunStatus.FAILED, None, "It broke.", "AGENT_FAILED")]
+TEXTS = st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=3), max_size=3)
+PICK = st.integers(0, 1_000)
+
+_T = TypeVar("_T")
+
+
+@dataclass
+class TurnModel:
+    """A turn as it must be; `keys` are all under which it was ever held."""
+
+    status: RunStatus
+    attempt: int
+    keys: list[TurnKey] = field(default_factory=list)
+    draft: str | None = None
+    settled: object = None
+
+    def become(self, status: RunStatus) -> None:
+        """Take another status, by the table only."""
+        assert status in ALLOWED[self.status]
+        self.status = status
+
+
+@dataclass
+class RunModel:
+    """A run as it must be."""
+
+    turns: list[TurnModel]
+    log: list[tuple[int, str]]
+
+    @property
+    def first_open(self) -> int | None:
+        """The turn that runs or is next to run."""
+        return next((n for n, turn in enumerate(self.turns, 1) if turn.status not in TERMINAL), None)
+
+
+class RunStoreMachine(RuleBasedStateMachine):
+    """The rules are the store's methods; the invariants its promises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.loop = asyncio.new_event_loop()
+        self.path = Path(self.folder.name) / "runs.sqlite"
+        self.runs: dict[str, RunModel] = {}
+
+    def teardown(self) -> None:
+        """Close what is open."""
+        self.do(self.store.close())
+        self.loop.run_until_complete(self.loop.shutdown_default_executor())
+        self.loop.close()
+        self.folder.cleanup()
+
+    def do(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        """Wait for it."""
+        return self.loop.run_until_complete(asyncio.wait_for(coroutine, 10))
+
+    @initialize()
+    def open(self) -> None:
+        """Begin with an empty store."""
+        self.store = self.do(SQLiteStore.open(self.path))
+
+    def pick(self, number: int) -> tuple[str, RunModel]:
+        """One of the runs."""
+        return list(self.runs.items())[number % len(self.runs)]
+
+    def extend(self, model: RunModel, turn: int, change: Change) -> None:
+        """Hold the events of a change against the end of the log."""
+        first = len(model.log) + 1
+        assert [event.sequence for event in change.events] == list(range(first, first + len(change.events)))
+        assert {event.turn for event in change.events} <= {turn}
+        model.log += [(turn, event.content) for event in change.events]
+        assert change.run.last_sequence == len(model.log)
+
+    def hold(self, model: RunModel, run: Run) -> None:
+        """Note that a turn is running under a new key."""
+        turn = model.turns[run.turn.number - 1]
+        key = TurnKey(run.id, run.turn.number, run.turn.epoch)
+        assert all(key.epoch > earlier.epoch for earlier in turn.keys)
+        turn.keys.append(key)
+        assert turn.attempt == run.turn.attempt
+
+    @rule(claim=st.booleans(), text=st.sampled_from(["a", "é\n"]))
+    def start_run(self, claim: bool, text: str) -> None:
+        """Accept a run."""
+        new = new_run(text)
+
+        async def start() -> Change:
+            return await self.store.start_run(new, claim=claim)
+
+        change = self.do(start())
+        status = RunStatus.RUNNING if claim else RunStatus.QUEUED
+        model = self.runs[new.id] = RunModel([TurnModel(status, int(claim))], [])
+        self.extend(model, 1, change)
+        if claim:
+            self.hold(model, change.run)
+
+    @precondition(lambda self: self.runs)
+    @rule(number=PICK, claim=st.booleans())
+    def continue_run(self, number: int, claim: bool) -> None:
+        """Open the next turn, which runs only when no other is open."""
+        run_id, model = self.pick(number)
+        runs = claim and model.first_open is None
+        new = next_turn(new_run(), f"turn {len(model.turns) + 1}")
+
+        async def resume() -> Change:
+            return await self.store.continue_run(
+                type(new)(ORGANIZATION, SERVER, run_id, new.input, new.mode, new.created_at_ms), claim=claim
+            )
+
+        change = self.do(resume())
+        model.turns.append(TurnModel(RunStatus.RUNNING if runs else RunStatus.QUEUED, int(runs)))
+        self.extend(model, len(model.turns), change)
+        assert change.run.turn.number == len(model.turns)
+        if runs:
+            self.hold(model, change.run)
+
+    @precondition(lambda self: self.runs)
+    @rule(number=PICK, texts=TEXTS, how=st.sampled_from(["append", "finish", "fail", "release", "draft"]))
+    def write(self, number: int, texts: list[str], how: str) -> None:
+        """Write under the newest key of the first open turn."""
+        _, model = self.pick(number)
+        open_turn = model.first_open
+        if open_turn is None or model.turns[open_turn - 1].status is not RunStatus.RUNNING:
+            return
+        turn = model.turns[open_turn - 1]
+        key = turn.keys[-1]
+        if how == "draft":
+            turn.draft = "".join(texts)
+            self.do(self._save_draft(key, turn.draft))
+            return
+        change = self.do(self._write(key, texts, how))
+        self.extend(model, open_turn, change)
+        assert contents(change.events) == texts
+        match how:
+            case "append":
+                turn.draft = None if texts else turn.draft
+            case "release":
+                turn.become(RunStatus.QUEUED)
+                turn.attempt, turn.draft = turn.attempt - 1, None
+            case "finish" | "fail":
+                turn.become(RunStatus.COMPLETED if how == "finish" else RunStatus.FAILED)
+                turn.settled = change.run.turn
+
+    async def _save_draft(self, key: TurnKey, text: str) -> None:
+        await self.store.save_draft(key, text)
+
+    async def _write(self, key: TurnKey, texts: list[str], how: str) -> Change:
+        match how:
+            case "append":
+                return await self.store.append_events(key, said(*texts))
+            case "release":
+                return await self.store.release_turn(key, said(*texts))
+            case _:
+                return await self.store.finish_turn(key, said(*texts), OUTCOMES[how == "fail"])
+
+    @precondition(lambda self: self.runs)
+    @rule(number=PICK, which=PICK, how=st.sampled_from(["append", "finish", "fail", "release"]))
+    def write_late(self, number: int, which: int, how: str) -> None:
+        """Write under a key that is not the holder's any more."""
+        _, model = self.pick(number)
+        keys = [
+            key
+            for turn in model.turns
+            for key in turn.keys
+            if turn.status is not RunStatus.RUNNING or key != turn.keys[-1]
+        ]
+        if keys:
+            with contextlib.suppress(TurnLost):
+                self.do(self._write(keys[which % len(keys)], ["late"], how))
+                raise AssertionError("the write was taken")
+
+    @precondition(lambda self: self.runs)
+    @rule(number=PICK, texts=TEXTS)
+    def cancel_run(self, number: int, texts: list[str]) -> None:
+        """Settle every open turn; none that was settled changes."""
+        run_id, model = self.pick(number)
+        first = model.first_open
+
+        async def cancel() -> Change:
+            return await self.store.cancel_run(ORGANIZATION, SERVER, run_id, said(*texts), "said")
+
+        change = self.do(cancel())
+        if first is None:
+            assert change.events == ()
+            return
+        self.extend(model, first, change)
+        assert contents(change.events)[:-1] == texts
+        for turn in model.turns[first - 1 :]:
+            turn.become(RunStatus.CANCELLED)
+
+    @rule(limit=st.integers(1, 3))
+    def claim_turns(self, limit: int) -> None:
+        """Claim what may run: the first open turn of a run, if it is queued."""
+        free = {
+            run_id
+            for run_id, model in self.runs.items()
+            if (n := model.first_open) is not None and model.turns[n - 1].status is RunStatus.QUEUED
+        }
+
+        async def claim() -> list[Change]:
+            return await self.store.claim_turns(limit)
+
+        changes = self.do(claim())
+        assert len(changes) == min(limit, len(free))
+        for change in changes:
+            model = self.runs[change.run.id]
+            assert change.run.turn.number == model.first_open
+            free.remove(change.run.id)
+            turn = model.turns[change.run.turn.number - 1]
+            turn.become(RunStatus.RUNNING)
+            turn.attempt += 1
+            self.extend(model, change.run.turn.number, change)
+            self.hold(model, change.run)
+
+    @rule()
+    def reopen(self) -> None:
+        """Close the store and open it again."""
+        self.do(self.store.close())
+        self.store = self.do(SQLiteStore.open(self.path))
+
+    @rule(may_repeat=st.booleans())
+    def crash(self, may_repeat: bool) -> None:
+        """Lose the runtime; what was running is queued again or fails, and its draft is kept."""
+        self.reopen()
+
+        async def recover() -> list[Change]:
+            return await self.store.recover(MAX_ATTEMPTS, lambda _: may_repeat)
+
+        changes = {(change.run.id, change.run.turn.number): change for change in self.do(recover())}
+        for run_id, model in self.runs.items():
+            for number, turn in enumerate(model.turns, 1):
+                if turn.status is not RunStatus.RUNNING:
+                    continue
+                change = changes.pop((run_id, number))
+                self.extend(model, number, change)
+                kept = [event.content for event in change.events if event.log_type == "incomplete"]
+                assert kept == ([turn.draft] if turn.draft else [])
+                turn.draft = None
+                again = may_repeat and turn.attempt < MAX_ATTEMPTS
+                turn.become(RunStatus.QUEUED if again else RunStatus.FAILED)
+                assert change.run.turn.status is turn.status
+                if not again:
+                    assert change.run.turn.error_code == "RUNTIME_LOST"
+                    turn.settled = change.run.turn
+        assert not changes
+
+    @invariant()
+    def store_shows_the_model(self) -> None:
+        """The log is gapless and in order, each turn has its status, and settled turns never change."""
+        if self.runs:
+            self.do(self._compare())
+
+    async def _compare(self) -> None:
+        waiting: dict[str, int] = {}
+        for run_id, model in self.runs.items():
+            events = await log_of(self.store, run_id)
+            assert [(event.turn, event.content) for event in events] == model.log
+            for number, turn in enumerate(model.turns, 1):
+                stored = (await self.store.get_run(ORGANIZATION, SERVER, run_id, number)).turn
+                assert (stored.status, stored.attempt) == (turn.status, turn.attempt)
+                assert (stored.completed_at_ms is not None) == (stored.status in TERMINAL)
+                assert (stored.error_code is not None) == (stored.status is RunStatus.FAILED)
+                assert events[stored.first_sequence - 1].turn == number
+                if turn.status in TERMINAL:
+                    turn.settled = turn.settled or stored
+                    assert stored == turn.settled
+                if turn.status is RunStatus.QUEUED:
+                    waiting[run_id] = waiting.get(run_id, 0) + 1
+            latest = await self.store.get_run(ORGANIZATION, SERVER, run_id)
+            assert (latest.status, latest.last_turn) == (model.turns[-1].status, len(model.turns))
+            assert latest.last_sequence == len(model.log)
+            assert latest.message_count == sum(event.role in ("user", "assistant") for event in events)
+        assert await self.store.queued_turns() == waiting
+        page = await self.store.list_runs(ORGANIZATION, SERVER, status=None, token=None, limit=1_000)
+        assert [run.id for run in page.runs] == list(self.runs)[::-1]
+        for status in RunStatus:
+            page = await self.store.list_runs(ORGANIZATION, SERVER, status=status, token=None, limit=1_000)
+            expected = [run_id for run_id, model in self.runs.items() if model.turns[-1].status is status]
+            assert [run.id for run in page.runs] == expected[::-1]
+
+
+TestRunStoreMachine = RunStoreMachine.TestCase
+TestRunStoreMachine.settings = settings(
+    max_examples=40,
+    stateful_step_count=30,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
