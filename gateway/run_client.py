@@ -19,6 +19,8 @@ MAX_MESSAGE_BYTES = 8 << 20
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # What may be asked again is known here, not to gRPC; its retry buffers cost each call and each idle stream.
+    ("grpc.enable_retries", 0),
     # An unread stream is not to fill memory: keep the flow-control window at its start.
     ("grpc.http2.bdp_probe", 0),
     ("grpc.keepalive_time_ms", 20_000),

@@ -22,7 +22,7 @@ from runtime_service.event_log import BATCH_BYTES, BATCH_EVENTS, EventLog, Follo
 from runtime_service.executor import Executor
 from runtime_service.registry import Registry, Server
 from runtime_service.runs import TERMINAL, Run, RunMode, new_run_id, now_ms
-from runtime_service.store.base import NewRun, NewTurn, RunStore
+from runtime_service.store.base import Change, NewRun, NewTurn, RunStore
 from runtime_service.validation import RequestLimits, checked_input, checked_metadata, checked_title
 
 _MAX_PAGE = 200
@@ -63,10 +63,10 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
             title=checked_title(request.title, self._limits),
             metadata=checked_metadata(request.metadata_json, self._limits),
         )
-        options = _turn_options(new.mode, request.stream)
+        options = _turn_options(request.stream)
         with self._event_log.held(new.id):
             change = await self._executor.start_run(new, server)
-            async with aclosing(self._follow_turn(change.run, options)) as updates:
+            async with aclosing(self._follow_turn(change, new.mode, options)) as updates:
                 async for update in updates:
                     message = update_message(change.run, update, server.agent.session_protocol)
                     await context.write(rpc.StartRunResponse(update=message))
@@ -85,10 +85,10 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
             created_at_ms=now_ms(),
             metadata=checked_metadata(request.metadata_json, self._limits),
         )
-        options = _turn_options(new.mode, request.stream)
+        options = _turn_options(request.stream)
         with self._event_log.held(new.run_id):
             change = await self._executor.continue_run(new, server)
-            async with aclosing(self._follow_turn(change.run, options)) as updates:
+            async with aclosing(self._follow_turn(change, new.mode, options)) as updates:
                 async for update in updates:
                     message = update_message(change.run, update, server.agent.session_protocol)
                     await context.write(rpc.ContinueRunResponse(update=message))
@@ -162,8 +162,11 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
             events=[event_message(change.run, event) for event in change.events],
         )
 
-    def _follow_turn(self, run: Run, options: FollowOptions) -> AsyncGenerator[Update]:
-        """Follow the turn that `run` shows, from its user event on."""
+    def _follow_turn(self, change: Change, mode: RunMode, options: FollowOptions) -> AsyncGenerator[Update]:
+        """Follow the turn that was accepted, from its user event on; in mode async tell of its acceptance only."""
+        if mode is RunMode.ASYNC:
+            return _accepted(change)
+        run = change.run
         options = msgspec.structs.replace(options, turn=run.turn.number)
         return self._event_log.follow(run, run.turn.first_sequence - 1, options)
 
@@ -182,12 +185,16 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
         return self._registry.resolve(_organization(context), reference.id, connected=reference.connected)
 
 
-def _turn_options(mode: RunMode, stream: rpc.StreamOptions) -> FollowOptions:
-    wait_seconds = _wait_seconds(stream.wait_ms, "stream.wait_ms")
+async def _accepted(change: Change) -> AsyncGenerator[Update]:
+    # As it was accepted, queued or running, also when it has ended since.
+    yield Update(change.run, change.events)
+
+
+def _turn_options(stream: rpc.StreamOptions) -> FollowOptions:
     return FollowOptions(
         deltas=stream.deltas,
         collect=stream.collect,
-        wait_seconds=0 if mode is RunMode.ASYNC else wait_seconds,
+        wait_seconds=_wait_seconds(stream.wait_ms, "stream.wait_ms"),
     )
 
 
