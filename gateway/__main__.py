@@ -123,7 +123,7 @@ def up(
             heartbeat_seconds=heartbeat_seconds,
             drain_seconds=drain_seconds,
         )
-        uvloop.run(_up(config, data_dir, servers, key, ready_file))
+        uvloop.run(_up(config, data_dir, servers, key, ready_file, log_level))
 
 
 @app.command()
@@ -227,12 +227,25 @@ def keys_revoke(
         print(f"{key_id} is revoked.")
 
 
-async def _up(config: GatewayConfig, data_dir: Path, servers: Path | None, key: str, ready_file: Path | None) -> None:
+async def _up(
+    config: GatewayConfig,
+    data_dir: Path,
+    servers: Path | None,
+    key: str,
+    ready_file: Path | None,
+    log_level: str,
+) -> None:
     stop = _stop_event()
     async with AsyncExitStack() as stack:
-        starting = asyncio.ensure_future(
-            stack.enter_async_context(RuntimeProcess(data_dir, config.service_token, servers, config.drain_seconds))
-        )
+        # What both programs must agree on, however it was set here.
+        environment = {
+            "ACP_SERVICE_TOKEN": config.service_token,
+            "ACP_MAX_TITLE_CHARACTERS": str(config.max_title_characters),
+            "ACP_MAX_METADATA_BYTES": str(config.max_metadata_bytes),
+            "ACP_LOG_LEVEL": log_level,
+        }
+        runtime_process = RuntimeProcess(data_dir, servers, config.drain_seconds, environment)
+        starting = asyncio.ensure_future(stack.enter_async_context(runtime_process))
         stopping = asyncio.ensure_future(stop.wait())
         await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()

@@ -27,22 +27,35 @@ _CONTENT_TYPES: dict[StreamForm, str] = {
     "sse": "text/event-stream; charset=utf-8",
     "ndjson": "application/x-ndjson; charset=utf-8",
 }
+_FORMS: dict[str, StreamForm | None] = {
+    "text/event-stream": "sse",
+    "application/x-ndjson": "ndjson",
+    "application/json": None,
+    "application/*": None,
+    "*/*": None,
+}
 _TICK_SECONDS = 1.0
 
 
 def stream_form(accept: str | None) -> StreamForm | None:
-    """Return the streamed form that an Accept header asks for first, None for the collected JSON."""
+    """Return the streamed form that an Accept header prefers, None for the collected JSON.
+
+    The highest quality wins, of equals the first (RFC 9110, 12.5.1); what is not known is passed over.
+    """
+    best, best_quality = None, 0.0
     for part in (accept or "").split(","):
         media_type, *parameters = (piece.strip().lower() for piece in part.split(";"))
-        if any(parameter in ("q=0", "q=0.0", "q=0.00", "q=0.000") for parameter in parameters):
-            continue
-        if media_type == "text/event-stream":
-            return "sse"
-        if media_type in ("application/x-ndjson", "application/ndjson"):
-            return "ndjson"
-        if media_type in ("application/json", "*/*", "application/*"):
-            return None
-    return None
+        quality = next((_quality(p[2:]) for p in parameters if p.startswith("q=")), 1.0)
+        if media_type in _FORMS and quality > best_quality:
+            best, best_quality = _FORMS[media_type], quality
+    return best
+
+
+def _quality(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
 
 
 class Frames:

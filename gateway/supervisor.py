@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -26,12 +27,14 @@ class RuntimeFailed(Exception):
 class RuntimeProcess:
     """A supervised runtime service; an async context manager. `target` is its HOST:PORT, `pid` its process.
 
-    It stops by itself when this process dies, by whatever signal: its standard input ends then.
+    `environment` goes on top of this process's own; it must hold ACP_SERVICE_TOKEN. It stops by itself when this process dies, by whatever signal: its standard input ends then.
     """
 
-    def __init__(self, data_dir: Path, service_token: str, servers: Path | None, drain_seconds: float = 10.0) -> None:
+    def __init__(
+        self, data_dir: Path, servers: Path | None, drain_seconds: float, environment: Mapping[str, str]
+    ) -> None:
         self._ready_file = data_dir / "runtime.ready.json"
-        self._environment = {**os.environ, "ACP_SERVICE_TOKEN": service_token}
+        self._environment = {**os.environ, **environment}
         self._arguments = [
             "--data-dir",
             str(data_dir),

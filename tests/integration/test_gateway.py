@@ -351,15 +351,17 @@ def test_sync_wait_has_a_limit(tmp_path: Path) -> None:
     """Past the limit a start and a continue answer the 202 of an async one, and the run goes on."""
 
     async def main() -> None:
-        async with serving(tmp_path, wait_limit_seconds=0.1) as stack:
-            for name, path in (("limit one", runs("gated")), ("limit two", "")):
-                answer = await stack.call("POST", path or f"{location}/input", {"content": name})  # noqa: F821
+        async with serving(tmp_path, wait_limit_seconds=0.4) as stack:
+            path = runs("gated")
+            for name in ("limit one", "limit two"):
+                answer = await stack.call("POST", path, {"content": name})
                 assert answer.status == 202
                 assert answer.run["status"] == "running"
                 assert said(answer.events) == [("user", name), ("assistant", "waiting")]
                 location = answer.headers["Location"]
                 GATES[name].open.set()
                 assert (await stack.until_status(location))["output"] == name
+                path = location + "/input"
 
     run_async(main())
 
