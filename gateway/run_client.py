@@ -192,12 +192,12 @@ class RunClient:
         limit: int,
         wait_seconds: float = 0,
     ) -> rpc.ListRunEventsResponse:
-        """Return a page of a run's log; `limit` 0 is as many as fit."""
+        """Return a page of a run's log: at most 1,000 events, and `limit`, unless that is 0."""
         request = rpc.ListRunEventsRequest(
             server=_reference(target),
             run_id=run_id,
             after_sequence=after,
-            page_size=limit,
+            page_size=min(limit, 1_000),
             wait_ms=int(wait_seconds * 1000),
         )
         metadata = await self._prepare(context)

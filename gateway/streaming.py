@@ -35,6 +35,7 @@ _FORMS: dict[str, StreamForm | None] = {
     "*/*": None,
 }
 _TICK_SECONDS = 1.0
+_LINE_BREAKS = tuple((chr(code).encode(), b"\\u%04x" % code) for code in (0x85, 0x2028, 0x2029))
 
 
 def stream_form(accept: str | None) -> StreamForm | None:
@@ -75,15 +76,9 @@ class Frames:
             run_frame = self._frame(b'{"type":"run.updated","run":%b}' % run)
             if update.run.status not in TERMINAL:
                 frames.append(run_frame)
-        if self._sse:
-            frames.extend(
-                b'id: %d\ndata: {"type":"run.event","event":%b}\n\n' % (event.sequence, encode(event_document(event)))
-                for event in update.events
-            )
-        else:
-            frames.extend(
-                b'{"type":"run.event","event":%b}\n' % encode(event_document(event)) for event in update.events
-            )
+        for event in update.events:
+            document = _one_line(b'{"type":"run.event","event":%b}' % encode(event_document(event)))
+            frames.append(b"id: %d\ndata: %b\n\n" % (event.sequence, document) if self._sse else document + b"\n")
         if update.HasField("run") and update.run.status in TERMINAL:
             frames.append(run_frame)
         if update.HasField("delta"):
@@ -112,7 +107,21 @@ class Frames:
         return self._frame(encode(document))
 
     def _frame(self, document: bytes) -> bytes:
+        document = _one_line(document)
         return b"data: %b\n\n" % document if self._sse else document + b"\n"
+
+
+def _one_line(document: bytes) -> bytes:
+    """Return JSON without line breaks: those between its tokens, as metadata may have them, and Unicode's in strings.
+
+    The official client splits lines as `str.splitlines` does; JSON itself escapes the breaks below U+0020 only.
+    """
+    if b"\n" in document or b"\r" in document:
+        document = document.replace(b"\n", b" ").replace(b"\r", b" ")
+    if not document.isascii():
+        for character, escape in _LINE_BREAKS:
+            document = document.replace(character, escape)
+    return document
 
 
 class StreamRelay:

@@ -27,7 +27,8 @@ class RuntimeFailed(Exception):
 class RuntimeProcess:
     """A supervised runtime service; an async context manager. `target` is its HOST:PORT, `pid` its process.
 
-    `environment` goes on top of this process's own; it must hold ACP_SERVICE_TOKEN. It stops by itself when this process dies, by whatever signal: its standard input ends then.
+    `environment` goes on top of this process's own; it must hold ACP_SERVICE_TOKEN. The service stops by itself
+    when this process dies, by whatever signal: its standard input ends then.
     """
 
     def __init__(

@@ -64,6 +64,7 @@ class Executor:
         self._occupied = 0  # running turns, and those that are being claimed
         self._queued: Counter[str] = Counter()  # turns that wait, by run
         self._queued_total = 0
+        self._queueing = 0  # turns that are being stored as queued
         self._admitting: set[asyncio.Future[Any]] = set()
         self._claiming: asyncio.Task[None] | None = None
         self._draining = False
@@ -132,11 +133,12 @@ class Executor:
         if self._occupied < self._limits.max_turns and not self._queued_total:
             self._occupied += 1
             return True
-        if self._queued_total + len(self._admitting) >= self._limits.max_queued:
+        if self._queued_total + self._queueing >= self._limits.max_queued:
             raise CapacityExceeded(
                 f"{self._queued_total} turns are waiting already; try again in a moment.",
                 retry_after_seconds=1.0,
             )
+        self._queueing += 1
         return False
 
     async def _accepted(self, write: Awaitable[Change], claim: bool, execution: Execution | None = None) -> Change:
@@ -148,6 +150,8 @@ class Executor:
     def _on_accepted(self, accepted: asyncio.Future[Change], claim: bool, execution: Execution | None) -> None:
         """A turn was stored, or not; `claim` says that room was reserved, `execution` is its early one."""
         self._admitting.discard(accepted)
+        if not claim:
+            self._queueing -= 1
         if accepted.cancelled() or accepted.exception() is not None:
             if execution is not None:
                 execution.take_rest()

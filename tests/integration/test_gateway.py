@@ -17,7 +17,11 @@ from tests.integration.stack import GATES, TERMINAL, TOKEN, Stack, runs, serving
 from tests.support import run_async
 
 CONNECTED = "/v1/servers/storefront/runtime/agent/runs"
-FAMILIES = {"servers": "/v1/servers/echo/runs", "connected": CONNECTED, "agent-runtimes": "/v1/agent-runtimes/echo/runs"}
+FAMILIES = {
+    "servers": "/v1/servers/echo/runs",
+    "connected": CONNECTED,
+    "agent-runtimes": "/v1/agent-runtimes/echo/runs",
+}
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 
@@ -40,7 +44,9 @@ def check_run(run: dict[str, Any], server: str = "echo") -> None:
 def check_envelope(document: dict[str, Any], family: str, *, events: bool = True) -> None:
     """An envelope holds what its family says, and its parts fit each other."""
     connected = family == "connected"
-    parts = {"serverId", "run", "thread"} | ({"agentRuntimeId"} if connected else set()) | ({"events"} if events else set())
+    parts = (
+        {"serverId", "run", "thread"} | ({"agentRuntimeId"} if connected else set()) | ({"events"} if events else set())
+    )
     assert document.keys() == parts
     assert document["serverId"] == ("storefront" if connected else "echo")
     assert document.get("agentRuntimeId") == ("echo" if connected else None)
@@ -236,7 +242,17 @@ def test_fields_without_a_value_are_left_out(tmp_path: Path) -> None:
     async def main() -> None:
         async with serving(tmp_path) as stack:
             answer = await stack.start()
-            always = {"id", "serverId", "threadId", "input", "mode", "status", "createdAt", "threadBacked", "threadStatus"}
+            always = {
+                "id",
+                "serverId",
+                "threadId",
+                "input",
+                "mode",
+                "status",
+                "createdAt",
+                "threadBacked",
+                "threadStatus",
+            }
             assert answer.run.keys() == always | {"output", "completedAt", "sessionProtocol"}
             assert answer.json["thread"].keys() == {"id", "status", "messageCount", "createdAt", "updatedAt"}
             for event in answer.events:
@@ -656,14 +672,18 @@ async def _reason(stack: Stack, server: str, run_id: str | None, text: str) -> s
     reference = rpc.ServerReference(id=server)
     async with grpc.aio.insecure_channel(stack.target) as channel:
         stub = run_service_pb2_grpc.RunServiceStub(channel)
+        started = rpc.StartRunRequest(server=reference, input=text)
+        got = rpc.GetRunRequest(server=reference, run_id=run_id or "")
+        call = stub.GetRun(got, metadata=metadata) if run_id else stub.StartRun(started, metadata=metadata).read()
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            if run_id is not None:
-                await stub.GetRun(rpc.GetRunRequest(server=reference, run_id=run_id), metadata=metadata)
-            else:
-                await stub.StartRun(rpc.StartRunRequest(server=reference, input=text), metadata=metadata).read()
+            await call
     trailer = dict(caught.value.trailing_metadata() or ())["grpc-status-details-bin"]
     assert isinstance(trailer, bytes)
-    infos = [detail for detail in status_pb2.Status.FromString(trailer).details if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR)]
+    infos = [
+        detail
+        for detail in status_pb2.Status.FromString(trailer).details
+        if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR)
+    ]
     assert len(infos) == 1
     info = error_details_pb2.ErrorInfo()
     infos[0].Unpack(info)

@@ -148,44 +148,410 @@ def test_wait_ends_without_an_event(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_start_and_continue_stream_their_turn(family: str, accept: str, tmp_path: Path) -> None:
     """Start and continue stream their own turn, from the user's message to the end of the stream."""
-    path = FAMILIES[family]
 
     async def main() -> None:
         async with serving(tmp_path) as stack:
-            for status, operation in ((201, path), (200, "")):
-                async with stack.stream("POST", operation or path + "/input", {"content": "a b"}, accept=accept) as stream:
-                    response = stream.response
-                    assert response.status == status
-                    assert response.content_type == STREAMED[accept]
-                    assert response.headers["Cache-Control"] == "no-cache"
-                    assert response.headers["X-Accel-Buffering"] == "no"
-                    assert response.headers["X-Request-Id"]
-                    path_of_run = response.headers["Location"]
+            path = FAMILIES[family]
+            for status, first in ((201, 1), (200, 3)):
+                async with stack.stream("POST", path, {"content": "a b"}, accept=accept) as stream:
+                    headers = stream.response.headers
+                    assert stream.response.status == status
+                    assert stream.response.content_type == STREAMED[accept]
+                    assert headers["Cache-Control"] == "no-cache"
+                    assert headers["X-Accel-Buffering"] == "no"
+                    assert headers["X-Request-Id"]
                     frames = await stream.rest()
                 check_stream(frames)
                 assert said(events_of(frames)) == [("user", "a b"), ("assistant", "a b")]
-                assert frames[0].type == "run.updated"
+                assert sequences(events_of(frames)) == [first, first + 1]
                 end = frames[-1].document
                 assert end.keys() == {"type", "run", "thread"}
-                check_run(end["run"])
                 assert (end["type"], end["run"]["status"]) == ("stream.completed", "completed")
-                assert end["run"] == (await stack.call("GET", path_of_run)).run
-                assert end["thread"] == (await stack.call("GET", path_of_run)).json["thread"]
-                path_of_run += "/input"
-                operation = path_of_run
+                check_run(end["run"])
+                location = headers["Location"]
+                got = (await stack.call("GET", location)).json
+                assert (end["run"], end["thread"]) == (got["run"], got["thread"])
+                path = location + "/input"
 
-    async def continued() -> None:
+    run_async(main())
+
+
+@pytest.mark.parametrize("accept", STREAMED)
+def test_events_replay_then_follow(accept: str, tmp_path: Path) -> None:
+    """A follower gets what is there, then what comes, through later turns, until no turn is open."""
+
+    async def main() -> None:
         async with serving(tmp_path) as stack:
-            first = await stack.call("POST", path, {"content": "first"})
-            run_path = first.headers["Location"]
-            async with stack.stream("POST", run_path + "/input", {"content": "a b"}, accept=accept) as stream:
-                assert stream.response.status == 200
-                assert stream.response.headers["Location"] == run_path
+            path = await stack.start_async("gated", "follow one")
+            await stack.call("POST", path + "/input", {"content": "follow two", "mode": "async"})
+            async with stack.stream("GET", path + "/events", accept=accept) as stream:
+                frames = await stream.until(lambda frame: frame.document.get("event", {}).get("sequence") == 3)
+                for name in ("follow one", "follow two"):
+                    GATES[name].open.set()
+                frames += await stream.rest()
+            check_stream(frames)
+            assert events_of(frames) == (await stack.call("GET", path + "/events")).events
+            assert len(events_of(frames)) == 6
+            assert statuses_of(frames)[-1] == frames[-1].document["run"]["status"] == "completed"
+            assert frames[-1].document["run"]["output"] == "follow two"
+
+    run_async(main())
+
+
+@pytest.mark.parametrize("accept", STREAMED)
+def test_stream_of_an_ended_run_ends(accept: str, tmp_path: Path) -> None:
+    """A run that has ended is replayed whole, its end included, however it ended."""
+
+    async def main() -> None:
+        async with serving(tmp_path) as stack:
+            for server, status in (("talkative", "completed"), ("failing", "failed")):
+                started = await stack.start(server)
+                async with stack.stream("GET", started.headers["Location"] + "/events", accept=accept) as stream:
+                    frames = await stream.rest()
+                check_stream(frames)
+                assert events_of(frames) == started.events
+                assert frames[-1].document == {
+                    "type": "stream.completed",
+                    "run": started.run,
+                    "thread": started.json["thread"],
+                }
+                assert started.run["status"] == status
+
+    run_async(main())
+
+
+def test_stream_resumes_after_a_sequence(tmp_path: Path) -> None:
+    """`?after=` and `Last-Event-ID` say what the client has; the header, which a browser sends, counts more."""
+
+    async def main() -> None:
+        async with serving(tmp_path) as stack:
+            path = (await stack.start("flood", "20")).headers["Location"] + "/events"
+            for query, headers, first in (
+                ("?after=5", {}, 6),
+                ("", {"Last_Event_ID": "7"}, 8),
+                ("?after=5", {"Last_Event_ID": "7"}, 8),
+                ("?after=5", {"Last_Event_ID": ""}, 6),
+                ("?after=0", {}, 1),
+            ):
+                async with stack.stream("GET", path + query, **headers) as stream:
+                    frames = await stream.rest()
+                check_stream(frames)
+                assert sequences(events_of(frames)) == list(range(first, 22))
+            async with stack.stream("GET", path + "?after=21") as stream:
+                frames = await stream.rest()
+            assert [frame.type for frame in frames] == ["run.updated", "stream.completed"]
+
+    run_async(main())
+
+
+def test_stream_can_be_resumed_anywhere(tmp_path: Path) -> None:
+    """A client that reconnects after every few events sees each exactly once."""
+
+    async def main() -> None:
+        async with serving(tmp_path) as stack:
+            path = await stack.start_async("slow", " ".join(f"word{number}" for number in range(20))) + "/events"
+            await stack.call("POST", path.replace("/events", "/input"), {"content": "more", "mode": "async"})
+            seen: list[int] = []
+            ended = False
+            while not ended:
+                async with stack.stream("GET", path, Last_Event_ID=str(seen[-1] if seen else 0)) as stream:
+                    frames = await stream.until(lambda frame: frame.id or frame.type.startswith("stream."))
+                seen += sequences(events_of(frames))
+                ended = frames[-1].type == "stream.completed"
+            assert seen == [1, 2, 3, 4]
+
+    run_async(main())
+
+
+def test_frames_are_single_lines(tmp_path: Path) -> None:
+    """Whatever line breaks texts and metadata hold, a frame is one `data: ` line that parses back to them."""
+    text = "a\nb\r\nc\u2028d\u2029e\x85f\x0bg\x1ch: data: {}\n\ni"
+    metadata = '{"a":\r\n1,\n"b\u2028":"\u2029"}'
+    body = f'{{"content":{json.dumps(text)},"metadata":{metadata}}}'.encode()
+
+    async def main() -> None:
+        async with serving(tmp_path) as stack:
+            started = await stack.call("POST", runs("slow"), body)
+            path = started.headers["Location"] + "/events"
+            assert metadata.encode() in started.body
+            for accept in STREAMED:
+                async with stack.stream("GET", path, accept=accept) as stream:
+                    frames = await stream.rest()
+                assert said(events_of(frames)) == [("user", text), ("assistant", text)]
+                assert (
+                    frames[-1].document["run"]["metadata"] == events_of(frames)[0]["metadata"] == json.loads(metadata)
+                )
+                # As httpx, the official client's library, splits lines.
+                for frame in frames:
+                    for line in frame.lines:
+                        assert line.splitlines() == [line]
+
+    run_async(main())
+
+
+def test_stream_begins_at_once(tmp_path: Path) -> None:
+    """The head and the user's message come while the agent has not said a word, for start, continue and events."""
+
+    async def main() -> None:
+        async with serving(tmp_path) as stack, stack.stream("POST", runs("typing"), {"content": "at once"}) as stream:
+            frames = await stream.until(lambda frame: frame.type == "run.delta")
+            path = stream.response.headers["Location"]
+            assert statuses_of(frames) == ["running"]
+            async with stack.stream("GET", path + "/events") as other:
+                await other.until(lambda frame: frame.type == "run.event")
+            GATES["at once"].open.set()
+            assert (await stream.rest())[-1].type == "stream.completed"
+
+    run_async(main())
+
+
+def test_mode_async_does_not_cut_a_stream(tmp_path: Path) -> None:
+    """Whoever asks for a stream gets it to the end, whatever the mode and the preferences."""
+
+    async def main() -> None:
+        async with serving(tmp_path) as stack:
+            body = {"content": "a b", "mode": "async"}
+            async with stack.stream("POST", runs("slow"), body, Prefer="respond-async") as stream:
                 frames = await stream.rest()
             check_stream(frames)
-            assert sequences(events_of(frames)) == [3, 4]
-            assert said(events_of(frames)) == [("user", "a b"), ("assistant", "a b")]
-            assert frames[-1].document["run"] == (await stack.call("GET", run_path)).run
+            assert frames[-1].document["run"]["status"] == "completed"
 
-    run_async(continued())
-    run_async(_streamed_start(path, accept, tmp_path / "second"))
+    run_async(main())
+
+
+def test_sync_wait_limit_does_not_cut_a_stream(tmp_path: Path) -> None:
+    """The limit is for answers that are waited for; a stream goes on past it."""
+
+    async def main() -> None:
+        async with serving(tmp_path, wait_limit_seconds=0.05) as stack:
+            async with stack.stream("POST", runs("slow"), {"content": "one two three four five six"}) as stream:
+                frames = await stream.rest()
+            assert frames[-1].document["run"]["status"] == "completed"
+
+    run_async(main())
+
+
+# -- Deltas --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accept", STREAMED)
+def test_deltas_grow_the_text_of_an_event(accept: str, tmp_path: Path) -> None:
+    """Put together by offsets in code points, the deltas are the text of the event that follows them."""
+
+    async def main() -> None:
+        async with serving(tmp_path) as stack:
+            content = "öne 𝔱wo three föur"
+            async with stack.stream("POST", runs("slow"), {"content": content}, accept=accept) as stream:
+                frames = await stream.rest()
+            check_stream(frames)
+            deltas = [frame.document for frame in frames if frame.type == "run.delta"]
+            assert len(deltas) > 1
+            text = ""
+            for delta in deltas:
+                assert delta.keys() == {"type", "sequence", "offset", "text"}
+                assert (delta["sequence"], delta["offset"]) == (2, len(text))
+                text += delta["text"]
+            # The event takes the place of what is left.
+            assert content.startswith(text)
+            assert content == events_of(frames)[-1]["content"]
+            last_delta = max(number for number, frame in enumerate(frames) if frame.type == "run.delta")
+            assert "run.event" in [frame.type for frame in frames[last_delta:]]
+
+    run_async(main())
+
+
+def test_deltas_are_caught_up_by_who_comes_late(tmp_path: Path) -> None:
+    """A follower that joins in the middle of a message gets its text from the beginning."""
+
+    async def main() -> None:
+        async with serving(tmp_path) as stack:
+            path = await stack.start_async("typing", "late") + "/events"
+            await GATES["late"].reached.wait()
+            async with stack.stream("GET", path, Last_Event_ID="1") as stream:
+                frames = await stream.until(lambda frame: frame.type == "run.delta")
+                assert frames[-1].document == {"type": "run.delta", "sequence": 2, "offset": 0, "text": "öne 𝔱wo "}
+                assert (await stack.call("GET", path)).events[-1]["role"] == "user"
+                GATES["late"].open.set()
+                rest = await stream.rest()
+            assert said(events_of(rest)) == [("assistant", "öne 𝔱wo three")]
+
+    run_async(main())
+
+
+def test_cancel_ends_streams(tmp_path: Path) -> None:
+    """Followers see what was half said as an incomplete event, the cancel in the log, and a completed stream."""
+
+    async def main() -> None:
+        async with serving(tmp_path) as stack:
+            async with stack.stream("POST", runs("typing"), {"content": "cut short"}) as stream:
+                frames = await stream.until(lambda frame: frame.type == "run.delta")
+                await stack.call("POST", stream.response.headers["Location"] + "/cancel")
+                frames += await stream.rest()
+            check_stream(frames)
+            assert [event.get("logType") for event in events_of(frames)] == [None, "incomplete", "cancelled"]
+            assert frames[-1].document["run"]["status"] == "cancelled"
+
+    run_async(main())
+
+
+# -- Clients that go, and clients that are slow --------------------------------------------------------
+
+
+@pytest.mark.parametrize("accept", STREAMED)
+def test_leaving_a_stream_cancels_nothing(accept: str, tmp_path: Path) -> None:
+    """The run of a client that has gone is executed to its end; its stream is let go."""
+    name = f"left {accept}"
+
+    async def main() -> None:
+        async with serving(tmp_path) as stack:
+            async with stack.stream("POST", runs("gated"), {"content": name}, accept=accept) as stream:
+                await stream.until(lambda frame: frame.type == "run.event")
+                path = stream.response.headers["Location"]
+                assert await stack.metric("acp_gateway_open_streams") == 1
+                stream.response.close()
+            assert (await stack.call("GET", path)).run["status"] == "running"
+
+            async def let_go() -> bool:
+                return await stack.metric("acp_gateway_open_streams") == 0
+
+            await until(let_go)
+            assert not GATES[name].left.is_set()
+            GATES[name].open.set()
+            assert (await stack.until_status(path))["status"] == "completed"
+
+    run_async(main())
+
+
+@pytest.mark.parametrize(("accept", "comment"), [("text/event-stream", b": "), ("application/x-ndjson", b"\n")])
+def test_idle_stream_shows_that_it_lives(accept: str, comment: bytes, tmp_path: Path) -> None:
+    """While nothing happens a comment line comes now and then, which no parser takes for a document."""
+    name = f"idle {accept}"
+
+    async def main() -> None:
+        async with (
+            serving(tmp_path, heartbeat_seconds=1) as stack,
+            stack.stream("POST", runs("gated"), {"content": name}, accept=accept) as stream,
+        ):
+            await GATES[name].reached.wait()
+            received = b""
+            separator = b"\n\n" if accept == "text/event-stream" else b"\n"
+            while (piece := await stream.response.content.readuntil(separator)) and not piece.startswith(comment):
+                received += piece
+            assert received.count(b"run.event") == 2
+            GATES[name].open.set()
+            assert (await stream.rest())[-1].type == "stream.completed"
+
+    run_async(main())
+
+
+def test_slow_reader_is_cut_and_holds_up_nobody(tmp_path: Path) -> None:
+    """A reader that takes nothing is cut after the write limit; run, other followers and its own log are whole."""
+
+    async def main() -> None:
+        async with serving(tmp_path, write_seconds=0.5) as stack:
+            path = (await stack.start_async("heavy", "32")) + "/events"
+            reader, writer = await _unread(stack, path)
+            async with stack.stream("GET", path) as stream:
+                frames = await stream.rest()
+            check_stream(frames)
+            assert len(events_of(frames)) == 129
+
+            async def cut() -> bool:
+                return await stack.metric("acp_gateway_open_streams") == 0
+
+            await until(cut)
+            received = bytearray()
+            try:
+                while piece := await reader.read(1 << 20):
+                    received += piece
+            except ConnectionResetError:
+                pass
+            assert b"stream.completed" not in received
+            writer.close()
+            assert len((await stack.call("GET", path)).events) == 129
+
+    run_async(main())
+
+
+async def _unread(stack: Stack, path: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection that asked for a stream and takes next to nothing of it."""
+    plug = socket.socket()
+    plug.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    plug.setblocking(False)
+    url = stack.url(path)
+    await asyncio.get_running_loop().sock_connect(plug, (url.host, url.port))
+    reader, writer = await asyncio.open_connection(sock=plug, limit=4096)
+    head = f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {stack.key}\r\nAccept: text/event-stream\r\n\r\n"
+    writer.write(head.encode())
+    await reader.readuntil(b"\r\n\r\n")
+    return reader, writer
+
+
+# -- Which form ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("accept", "expected"),
+    [
+        ("application/json", "application/json"),
+        ("*/*", "application/json"),
+        ("text/html", "application/json"),
+        ("application/json, text/event-stream", "application/json"),
+        ("text/event-stream, application/json", "text/event-stream"),
+        ("TEXT/Event-Stream;charset=utf-8", "text/event-stream"),
+        ("application/x-ndjson", "application/x-ndjson"),
+    ],
+)
+def test_accept_chooses_the_form(accept: str, expected: str, tmp_path: Path) -> None:
+    """One URL, three forms; JSON for whoever has no wish."""
+
+    async def main() -> None:
+        async with serving(tmp_path) as stack:
+            path = (await stack.start()).headers["Location"] + "/events"
+            async with stack.stream("GET", path, accept=accept) as stream:
+                assert stream.response.content_type == expected
+                assert b"hello" in await stream.response.read()
+
+    run_async(main())
+
+
+@pytest.mark.parametrize("accept", STREAMED)
+def test_refusals_of_streams_are_documents(accept: str, tmp_path: Path) -> None:
+    """What is refused before the first byte has its HTTP status and the flat error document."""
+
+    async def main() -> None:
+        async with serving(tmp_path) as stack:
+            headers = {"Accept": accept}
+            for answer, status, code in (
+                (await stack.call("GET", runs("echo") + "/run_x/events", headers=headers), 404, "RUN_NOT_FOUND"),
+                (
+                    await stack.call("POST", runs("echo") + "/run_x/input", {"content": "x"}, headers=headers),
+                    404,
+                    "RUN_NOT_FOUND",
+                ),
+                (await stack.call("POST", runs("nowhere"), {"content": "x"}, headers=headers), 404, "SERVER_NOT_FOUND"),
+                (await stack.call("POST", runs("echo"), {"content": ""}, headers=headers), 400, "VALIDATION_FAILED"),
+                (
+                    await stack.call("GET", runs("echo") + "/run_x/events", headers=headers, key=""),
+                    401,
+                    "UNAUTHENTICATED",
+                ),
+            ):
+                assert (answer.status, answer.json["code"]) == (status, code)
+
+    run_async(main())
+
+
+def test_ndjson_and_sse_carry_the_same_documents(tmp_path: Path) -> None:
+    """The two streamed forms differ in their frames only."""
+
+    async def main() -> None:
+        async with serving(tmp_path) as stack:
+            path = (await stack.start("talkative")).headers["Location"] + "/events"
+            documents = []
+            for accept in STREAMED:
+                async with stack.stream("GET", path, accept=accept) as stream:
+                    documents.append([json.dumps(frame.document) for frame in await stream.rest()])
+            assert documents[0] == documents[1]
+
+    run_async(main())

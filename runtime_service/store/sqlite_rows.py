@@ -1,0 +1,105 @@
+"""Rows of the embedded store to domain values and back, and what is read through any connection.
+
+The SQL is in `sql/sqlite.sql`, each query by its name.
+"""
+
+import re
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any
+
+import apsw
+
+from runtime_service.errors import InvalidRequest, RunNotFound
+from runtime_service.runs import TERMINAL, EventRole, LogLevel, Run, RunEvent, RunMode, RunStatus, Turn
+from runtime_service.store.base import RunPage
+
+SQL = resources.files("runtime_service.store") / "sql"
+QUERIES = dict(re.findall(r"^-- name: (\w+)\n(.*?)(?=^-- name: |\Z)", (SQL / "sqlite.sql").read_text(), re.M | re.S))
+_LIST_BY_STATUS = {
+    status: QUERIES["list_runs_by_status" if status in TERMINAL else "list_open_runs"].format(status=status.value)
+    for status in RunStatus
+}
+ROLES: dict[str, EventRole] = {role.value: role for role in EventRole}
+_LEVELS: dict[str | None, LogLevel | None] = {None: None} | {level.value: level for level in LogLevel}
+_STATUSES: dict[str, RunStatus] = {status.value: status for status in RunStatus}
+_MODES: dict[str, RunMode] = {mode.value: mode for mode in RunMode}
+
+
+def execute(db: apsw.Connection, query: str, bindings: Sequence[Any]) -> apsw.Cursor:
+    """Execute a named query of sqlite.sql."""
+    return db.execute(QUERIES[query], bindings)
+
+
+def run_key(db: apsw.Connection, organization: str, server_id: str, run_id: str) -> int:
+    """Return the internal key of a run. Raises RunNotFound."""
+    key = execute(db, "run_key", (run_id, organization, server_id)).get
+    if key is None:
+        raise RunNotFound(run_id)
+    return int(key)
+
+
+def run_at_turn(db: apsw.Connection, key: int, turn: int | None = None) -> Run:
+    """Return a run that is there, showing its latest turn, or `turn`."""
+    return run_from_row(one(execute(db, "run_at_turn", (key, turn)).fetchone()))
+
+
+def run_from_row(row: tuple[Any, ...]) -> Run:
+    """Return the run of a row: ten columns of the run, thirteen of the turn."""
+    turn = Turn(
+        number=row[10],
+        status=_STATUSES[row[11]],
+        mode=_MODES[row[12]],
+        input=row[13],
+        first_sequence=row[14],
+        created_at_ms=row[15],
+        output=row[16],
+        error=row[17],
+        error_code=row[18],
+        metadata=row[19],
+        completed_at_ms=row[20],
+        attempt=row[21],
+        epoch=row[22],
+    )
+    return Run(row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7], turn, row[8], row[9])
+
+
+def one(row: tuple[Any, ...] | None) -> tuple[Any, ...]:
+    assert row is not None, "what was found in this transaction is there"
+    return row
+
+
+def list_runs(
+    db: apsw.Connection,
+    organization: str,
+    server_id: str,
+    status: RunStatus | None,
+    token: str | None,
+    limit: int,
+) -> RunPage:
+    """Return a page of runs, newest first. Raises InvalidRequest for a token that is not ours."""
+    before = 2**63 - 1
+    if token is not None:
+        key = execute(db, "run_key", (token, organization, server_id)).get
+        if key is None:
+            raise InvalidRequest("page_token", "is not a token that an earlier page gave")
+        before = int(key)
+    bindings = (organization, server_id, before, limit + 1)
+    rows = list(db.execute(QUERIES["list_runs"] if status is None else _LIST_BY_STATUS[status], bindings))
+    runs = [run_from_row(row) for row in rows[:limit]]
+    return RunPage(runs, runs[-1].id if len(rows) > limit else None)
+
+
+def read_events(db: apsw.Connection, run_id: str, after: int, limit: int, limit_bytes: int) -> list[RunEvent]:
+    """Return the events after a sequence, at least one where there is one."""
+    events: list[RunEvent] = []
+    size = 0
+    for sequence, turn, role, content, at, log_type, level, metadata in execute(
+        db, "events_after", (run_id, after, limit)
+    ):
+        size += len(content) if content.isascii() else len(content.encode())
+        size += len(metadata) if metadata else 0
+        if size > limit_bytes and events:
+            break
+        events.append(RunEvent(sequence, turn, ROLES[role], content, at, log_type, _LEVELS[level], metadata))
+    return events

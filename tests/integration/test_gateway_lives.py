@@ -1,0 +1,255 @@
+"""What the two programs say of themselves, and to each other's clients when one of them stops."""
+
+import asyncio
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import ClientConnectionError
+from prometheus_client.parser import text_string_to_metric_families
+
+import gateway.app
+from gateway.run_client import RunClient
+from tests.integration.stack import GATES, Stack, runs, serving, until
+from tests.integration.test_gateway_events import STREAMED, check_stream, events_of
+from tests.support import run_async
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the gateway wait less for a runtime service that is not there."""
+    monkeypatch.setattr(gateway.app, "RunClient", functools.partial(RunClient, connect_seconds=0.2))
+
+
+async def _is_ready(stack: Stack) -> bool:
+    return (await stack.call("GET", "/health", key="")).status == 200
+
+
+@pytest.mark.usefixtures("impatient")
+def test_runtime_that_is_down_is_told(tmp_path: Path) -> None:
+    """Every operation is a 503 RUNTIME_UNAVAILABLE with Retry-After; once the runtime is back all is as it was."""
+
+    async def main() -> None:
+        async with serving(tmp_path) as stack:
+            started = await stack.start()
+            path = started.headers["Location"]
+            await stack.stop_runtime()
+            try:
+                for method, where, body in (
+                    ("POST", runs("echo"), {"content": "x"}),
+                    ("GET", runs("echo"), None),
+                    ("GET", path, None),
+                    ("POST", path + "/input", {"content": "x"}),
+                    ("GET", path + "/events", None),
+                    ("POST", path + "/cancel", None),
+                ):
+                    for accept in ("application/json", "text/event-stream"):
+                        answer = await stack.call(method, where, body, headers={"Accept": accept})
+                        assert answer.status == 503
+                        assert answer.json["code"] == "RUNTIME_UNAVAILABLE"
+                        assert answer.json["error"] == "Service Unavailable"
+                        assert int(answer.headers["Retry-After"]) >= 1
+                health = await stack.call("GET", "/health", key="")
+                assert (health.status, health.json) == (503, {"status": "unavailable", "ready": False})
+                live = await stack.call("GET", "/health/live", key="")
+                assert (live.status, live.json) == (200, {"status": "ok"})
+            finally:
+                await stack.start_runtime()
+            await until(lambda: _is_ready(stack))
+            assert (await stack.call("GET", path)).run == started.run
+            assert [run["id"] for run in (await stack.call("GET", runs("echo"))).json["runs"]] == [started.run["id"]]
+            assert (await stack.start()).status == 201
+
+    run_async(main())
+
+
+def test_requests_wait_out_a_short_restart(tmp_path: Path) -> None:
+    """A request that comes while the runtime is restarted is answered as soon as that is back."""
+
+    async def main() -> None:
+        async with serving(tmp_path) as stack:
+            await stack.start()
+            await stack.stop_runtime()
+            waiting = asyncio.create_task(stack.start())
+            await until(lambda: _is_unready(stack))
+            await stack.start_runtime()
+            assert (await waiting).status == 201
+
+    run_async(main())
+
+
+async def _is_unready(stack: Stack) -> bool:
+    return not await _is_ready(stack)
+
+
+@pytest.mark.parametrize("accept", STREAMED)
+def test_stream_tells_that_the_runtime_stops(accept: str, tmp_path: Path) -> None:
+    """When the runtime stops the stream's last frame is a stream.error; what was stored can be read on afterwards."""
+    name = f"runtime stops {accept}"
+
+    async def main() -> None:
+        async with serving(tmp_path) as stack:
+            async with stack.stream("POST", runs("gated"), {"content": name}, accept=accept) as stream:
+                frames = await stream.until(lambda frame: frame.document.get("event", {}).get("sequence") == 2)
+                path = stream.response.headers["Location"]
+                await stack.stop_runtime()
+                frames += await stream.rest()
+            check_stream(frames)
+            end = frames[-1].document
+            assert end.keys() == {"type", "error", "message", "code"}
+            assert (end["type"], end["code"]) == ("stream.error", "DRAINING")
+            GATES[name].open.set()
+            await stack.start_runtime()
+            async with stack.stream("GET", f"{path}/events?after=2", accept=accept) as stream:
+                rest = await stream.rest()
+            check_stream(rest)
+            assert rest[-1].document["run"]["status"] == "completed"
+            log = (await stack.call("GET", path + "/events")).events
+            assert log == [*events_of(frames), *events_of(rest)]
+
+    run_async(main())
+
+
+@pytest.mark.parametrize("accept", STREAMED)
+def test_stream_tells_that_the_gateway_stops(accept: str, tmp_path: Path) -> None:
+    """When the gateway stops the last frame is a stream.error DRAINING, at once; the run goes on."""
+    name = f"gateway stops {accept}"
+
+    async def main() -> None:
+        async with serving(tmp_path) as stack:
+            async with stack.stream("POST", runs("gated"), {"content": name}, accept=accept) as stream:
+                frames = await stream.until(lambda frame: frame.document.get("event", {}).get("sequence") == 2)
+                stopping = asyncio.create_task(stack.gateway.__aexit__(None, None, None))
+                frames += await stream.rest()
+            check_stream(frames)
+            end = frames[-1].document
+            assert (end["type"], end["code"]) == ("stream.error", "DRAINING")
+            await stopping
+            with pytest.raises(ClientConnectionError):
+                await stack.start()
+            assert not GATES[name].left.is_set()
+
+    run_async(main())
+
+
+def test_sync_start_is_answered_while_the_gateway_stops(tmp_path: Path) -> None:
+    """A request under way has the drain time to be answered."""
+
+    async def main() -> None:
+        async with serving(tmp_path, drain_seconds=10) as stack:
+            waiting = asyncio.create_task(stack.start("gated", "drain"))
+            await GATES["drain"].reached.wait()
+            stopping = asyncio.create_task(stack.gateway.__aexit__(None, None, None))
+            GATES["drain"].open.set()
+            answer = await waiting
+            assert (answer.status, answer.run["status"]) == (201, "completed")
+            await stopping
+
+    run_async(main())
+
+
+def test_sync_start_tells_that_the_runtime_stops(tmp_path: Path) -> None:
+    """Whoever waits for a turn when the runtime stops gets 503 DRAINING; the accepted run is executed afterwards."""
+
+    async def main() -> None:
+        async with serving(tmp_path) as stack:
+            waiting = asyncio.create_task(stack.start("gated", "sync drain"))
+            await GATES["sync drain"].reached.wait()
+            await stack.stop_runtime()
+            answer = await waiting
+            assert (answer.status, answer.json["code"]) == (503, "DRAINING")
+            assert answer.headers["Retry-After"]
+            GATES["sync drain"].open.set()
+            await stack.start_runtime()
+            run = (await stack.call("GET", runs("gated"))).json["runs"][0]
+            run = await stack.until_status(f"{runs('gated')}/{run['id']}")
+            assert (run["status"], run["output"]) == ("completed", "sync drain")
+
+    run_async(main())
+
+
+# -- Metrics -------------------------------------------------------------------------------------------
+
+
+def test_metrics_count_requests_runs_and_streams(tmp_path: Path) -> None:
+    """Prometheus' text format; requests by route and status, latency, open streams, runs by status; bounded labels."""
+
+    async def main() -> None:
+        async with serving(tmp_path) as stack:
+            path = (await stack.start()).headers["Location"]
+            await stack.start("failing")
+            await stack.call("GET", path)
+            await stack.call("GET", path + "x")
+            await stack.call("GET", "/v1/nowhere/at/all")
+            await stack.call("PUT", runs("echo"))
+            async with stack.stream("POST", runs("gated"), {"content": "metrics"}) as stream:
+                await stream.until(lambda frame: frame.type == "run.event")
+                answer = await stack.call("GET", "/metrics", key="")
+                GATES["metrics"].open.set()
+                await stream.rest()
+            assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+            samples = {
+                (sample.name, *sorted(sample.labels.items())): sample.value
+                for family in text_string_to_metric_families(answer.body.decode())
+                for sample in family.samples
+            }
+
+            def value(name: str, **labels: str) -> Any:
+                return samples.get((name, *sorted(labels.items())))
+
+            start, get = "/v1/servers/{serverId}/runs", "/v1/servers/{serverId}/runs/{runId}"
+            assert value("acp_gateway_requests_total", method="POST", route=start, status="201") == 2
+            assert value("acp_gateway_requests_total", method="GET", route=get, status="200") == 1
+            assert value("acp_gateway_requests_total", method="GET", route=get, status="404") == 1
+            assert value("acp_gateway_requests_total", method="ANY", route="unmatched", status="404") == 1
+            assert value("acp_gateway_requests_total", method="ANY", route="unmatched", status="405") == 1
+            assert value("acp_gateway_request_duration_seconds_count", method="POST", route=start) == 2
+            assert value("acp_gateway_request_duration_seconds_sum", method="POST", route=start) > 0
+            assert value("acp_gateway_runs_total", operation="start", status="completed") == 1
+            assert value("acp_gateway_runs_total", operation="start", status="failed") == 1
+            assert value("acp_gateway_open_streams") == 1
+            assert stack.key not in answer.body.decode()
+            assert "run_" not in answer.body.decode()
+
+    run_async(main())
+
+
+# -- The HTTP layer of the whole gateway ---------------------------------------------------------------
+
+
+def test_every_answer_has_a_request_id(tmp_path: Path) -> None:
+    """The caller's X-Request-Id comes back where it is fit to be one, else a new one is made."""
+
+    async def main() -> None:
+        async with serving(tmp_path) as stack:
+            for path in ("/health", "/metrics", "/nowhere", runs("echo"), runs("echo") + "/run_x"):
+                known = await stack.call("GET", path, headers={"X-Request-Id": "my-id.1:2_3"})
+                assert known.headers["X-Request-Id"] == "my-id.1:2_3"
+                unfit = await stack.call("GET", path, headers={"X-Request-Id": "a b"})
+                assert unfit.headers["X-Request-Id"].startswith("req_")
+            async with stack.stream("POST", runs("echo"), {"content": "x"}, X_Request_Id="mine") as stream:
+                assert stream.response.headers.getall("X-Request-Id") == ["mine"]
+
+    run_async(main())
+
+
+def test_connections_past_the_limit_are_told(tmp_path: Path) -> None:
+    """One connection too many gets the error document with 503 and Retry-After."""
+
+    async def main() -> None:
+        async with serving(tmp_path, max_connections=1) as stack:
+            url = stack.url("/health")
+            async with stack.stream("POST", runs("gated"), {"content": "only one"}) as stream:
+                await stream.until(lambda frame: frame.type == "run.event")
+                reader, writer = await asyncio.open_connection(url.host, url.port)
+                head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+                writer.close()
+                GATES["only one"].open.set()
+            assert head.startswith(b"HTTP/1.1 503 ")
+            assert b"Retry-After: 1" in head
+            assert b"X-Request-Id: req_" in head
+            assert json.loads(body)["code"] == "TOO_MANY_CONNECTIONS"
+
+    run_async(main())
