@@ -13,15 +13,10 @@ from gateway.auth import KeyRing
 from gateway.config import GatewayConfig, SettingError
 from gateway.errors import ApiError, from_rpc_error
 from gateway.handlers import RunHandlers
-from gateway.http_server import (
-    GatewayRunner,
-    HttpLimits,
-    error_response,
-    from_http_exception,
-    make_expect_handler,
-)
+from gateway.http_server import GatewayRunner, HttpLimits
 from gateway.metrics import Metrics
-from gateway.requests import begin_info
+from gateway.request_body import make_expect_handler
+from gateway.requests import begin_info, error_response, from_http_exception
 from gateway.routes import run_routes
 from gateway.run_client import RunClient
 from gateway.streaming import OpenStreams

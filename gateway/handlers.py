@@ -17,9 +17,9 @@ from gateway.codec import (
     thread_document,
 )
 from gateway.config import GatewayConfig
-from gateway.http_server import read_body
 from gateway.metrics import Metrics
 from gateway.preferences import Waiting, choice, resume_after, waiting, whole_number
+from gateway.request_body import read_body
 from gateway.requests import info_of
 from gateway.run_client import CallContext, RunClient, ServerTarget, UpdateStream
 from gateway.schema import RunList, RunStatus

@@ -8,30 +8,22 @@ holds each of them to what is expected here.
 
 import asyncio
 import logging
-import re
-import secrets
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from http import HTTPStatus
 from typing import Any, Final, cast
 
 from aiohttp import web
 from aiohttp.abc import AbstractAccessLogger
-from aiohttp.http import HttpVersion11
-from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
+from aiohttp.http_exceptions import LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_log import AccessLogger
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
-from gateway.errors import ApiError, title
+from gateway.errors import ApiError
+from gateway.requests import error_response, from_http_exception, new_request_id, request_id
 
 _LOG = logging.getLogger(__name__)
-
-REQUEST_ID: Final = web.RequestKey("request_id", str)
-
-# What a caller's own request id may look like: it is logged, and goes into gRPC metadata.
-_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 # A connection past the limit is kept this long, so that its client can read why; and not more of them than
 # this at once, or they would be no less of a burden than the others.
@@ -314,143 +306,6 @@ class _Connection(RequestHandler):
             transport.write_eof()
 
 
-def request_id(request: web.BaseRequest) -> str:
-    """The id of a request: the caller's X-Request-Id where that is fit to be one, else a new one."""
-    known: str | None = request.get(REQUEST_ID)
-    if known is None:
-        known = request.headers.get("X-Request-Id")
-        if known is None or _REQUEST_ID.fullmatch(known) is None:
-            known = _new_request_id()
-        request[REQUEST_ID] = known
-    return known
-
-
-def error_response(error: ApiError, request: web.BaseRequest) -> web.Response:
-    """The answer that carries the error's document, headers and request id.
-
-    `Connection: close` among the headers also makes aiohttp close the connection.
-    """
-    response = web.Response(
-        status=error.status,
-        body=error.body(),
-        headers={"X-Request-Id": request_id(request), **error.headers},
-        content_type="application/json",
-    )
-    if error.headers.get("Connection") == "close":
-        response.force_close()
-    return response
-
-
-def from_http_exception(exception: web.HTTPException) -> ApiError:
-    """The error that says what aiohttp's exception (of 400 or more) says."""
-    status = exception.status
-    if isinstance(exception, web.HTTPMethodNotAllowed):
-        allowed = ", ".join(sorted(exception.allowed_methods))
-        return ApiError(
-            status,
-            "METHOD_NOT_ALLOWED",
-            f"This address does not take {exception.method}; it takes {allowed}.",
-            headers={"Allow": allowed},
-        )
-    if status == 404:
-        return ApiError(status, "NOT_FOUND", "There is nothing at this address.")
-    try:
-        code = HTTPStatus(status).name
-    except ValueError:
-        code = "ERROR"
-    return ApiError(status, code, f"{title(status, code)}.")
-
-
-def make_expect_handler(
-    body_limit_bytes: int,
-) -> Callable[[web.Request], Awaitable[web.StreamResponse | None]]:
-    """The `expect_handler` of routes that take a body: `100 Continue`, unless the body would be refused.
-
-    Raises ApiError: 413 BODY_TOO_LARGE, 417 EXPECTATION_FAILED (RFC 9110, 10.1.1).
-    """
-
-    async def handle_expectation(request: web.Request) -> web.StreamResponse | None:
-        if request.version < HttpVersion11:
-            return None
-        if request.headers.get("Expect", "").lower() != "100-continue":
-            raise ApiError(417, "EXPECTATION_FAILED", "The only expectation that can be met is 100-continue.")
-        if (request.content_length or 0) > body_limit_bytes:
-            raise _too_large(body_limit_bytes)
-        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        # By this aiohttp knows whether the answer itself has begun.
-        request.writer.output_size = 0
-        return None
-
-    return handle_expectation
-
-
-async def read_body(
-    request: web.Request, limit_bytes: int, timeout_seconds: float, *, may_be_empty: bool = False
-) -> bytes:
-    """The body of a request that carries JSON.
-
-    With `may_be_empty` a request without a body needs no Content-Type. The timeout is for the whole body.
-    Raises ApiError: 413 BODY_TOO_LARGE, 408 REQUEST_TIMEOUT, 400 MALFORMED_REQUEST where it breaks off,
-    415 UNSUPPORTED_MEDIA_TYPE.
-    """
-    if not may_be_empty:
-        _require_json(request)
-    # Length says nothing about a chunked body, and nothing that can be trusted to be short about any.
-    if (request.content_length or 0) > limit_bytes:
-        raise _too_large(limit_bytes)
-    content = request.content
-    try:
-        if content.is_eof():
-            # The usual case: it came with the head.
-            body = content.read_nowait()
-        else:
-            received = bytearray()
-            async with asyncio.timeout(timeout_seconds):
-                while chunk := await content.readany():
-                    received += chunk
-                    if len(received) > limit_bytes:
-                        raise _too_large(limit_bytes)
-            body = bytes(received)
-    except TimeoutError:
-        raise ApiError(
-            408, "REQUEST_TIMEOUT", "The body did not arrive in time.", headers={"Connection": "close"}
-        ) from None
-    except (web.RequestPayloadError, HttpProcessingError, OSError):
-        # The second is what aiohttp's parser in Python, for platforms without the C one, gives for the first.
-        raise ApiError(400, "MALFORMED_REQUEST", "The body broke off.", headers={"Connection": "close"}) from None
-    if len(body) > limit_bytes:
-        raise _too_large(limit_bytes)
-    if body and may_be_empty:
-        _require_json(request)
-    return body
-
-
-def _require_json(request: web.Request) -> None:
-    """Refuses what is not JSON in UTF-8, by its headers."""
-    encoding = request.headers.get("Content-Encoding")
-    if encoding is not None and encoding.strip().lower() not in ("", "identity"):
-        raise _unsupported("The body must come without Content-Encoding.")
-    if request.headers.get("Content-Type") == "application/json":
-        return
-    if request.content_type != "application/json":
-        raise _unsupported("The Content-Type must be application/json.")
-    if (request.charset or "utf-8").lower() not in ("utf-8", "utf8"):
-        raise _unsupported("The charset must be utf-8.")
-
-
-def _unsupported(message: str) -> ApiError:
-    return ApiError(415, "UNSUPPORTED_MEDIA_TYPE", message)
-
-
-def _too_large(limit_bytes: int) -> ApiError:
-    return ApiError(
-        413,
-        "BODY_TOO_LARGE",
-        f"The body must have at most {limit_bytes} bytes.",
-        headers={"Connection": "close"},
-    )
-
-
 def _parser_refusal(refused: BaseException) -> ApiError:
     """What to tell about bytes that aiohttp's parser did not take."""
     if isinstance(refused, LineTooLong) or "Too many headers" in str(refused):
@@ -463,10 +318,6 @@ def _parser_refusal(refused: BaseException) -> ApiError:
     return ApiError(400, "MALFORMED_REQUEST", "This is not a valid HTTP/1.1 request.", headers={"Connection": "close"})
 
 
-def _new_request_id() -> str:
-    return f"req_{secrets.token_hex(12)}"
-
-
 def _no_room() -> bytes:
     """An answer made by hand, for a connection that has no request yet."""
     body = ApiError(503, "TOO_MANY_CONNECTIONS", "All connections are in use; try again in a moment.").body()
@@ -474,7 +325,7 @@ def _no_room() -> bytes:
         "HTTP/1.1 503 Service Unavailable\r\n"
         "Content-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\n"
-        f"X-Request-Id: {_new_request_id()}\r\n"
+        f"X-Request-Id: {new_request_id()}\r\n"
         "Retry-After: 1\r\n"
         "Connection: close\r\n\r\n"
     )

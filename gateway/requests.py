@@ -1,11 +1,19 @@
-"""What is known of a request beside what it asks: ids, caller, run. Filled on the way, read by log and metrics."""
+"""What is known of a request beside what it asks (ids, caller, run), and the answer to one that fails."""
 
 import re
+import secrets
+from http import HTTPStatus
+from typing import Final
 
 from aiohttp import web
 
 from gateway.auth import Caller
-from gateway.http_server import request_id
+from gateway.errors import ApiError, title
+
+REQUEST_ID: Final = web.RequestKey("request_id", str)
+
+# What a caller's own request id may look like: it is logged, and goes into gRPC metadata.
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 # https://www.w3.org/TR/trace-context/, version 00
 _TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
@@ -41,3 +49,55 @@ def begin_info(request: web.BaseRequest) -> RequestInfo:
 def info_of(request: web.BaseRequest) -> RequestInfo:
     """Return what `begin_info` made."""
     return request[_INFO]
+
+
+def request_id(request: web.BaseRequest) -> str:
+    """The id of a request: the caller's X-Request-Id where that is fit to be one, else a new one."""
+    known: str | None = request.get(REQUEST_ID)
+    if known is None:
+        known = request.headers.get("X-Request-Id")
+        if known is None or _REQUEST_ID.fullmatch(known) is None:
+            known = new_request_id()
+        request[REQUEST_ID] = known
+    return known
+
+
+def error_response(error: ApiError, request: web.BaseRequest) -> web.Response:
+    """The answer that carries the error's document, headers and request id.
+
+    `Connection: close` among the headers also makes aiohttp close the connection.
+    """
+    response = web.Response(
+        status=error.status,
+        body=error.body(),
+        headers={"X-Request-Id": request_id(request), **error.headers},
+        content_type="application/json",
+    )
+    if error.headers.get("Connection") == "close":
+        response.force_close()
+    return response
+
+
+def from_http_exception(exception: web.HTTPException) -> ApiError:
+    """The error that says what aiohttp's exception (of 400 or more) says."""
+    status = exception.status
+    if isinstance(exception, web.HTTPMethodNotAllowed):
+        allowed = ", ".join(sorted(exception.allowed_methods))
+        return ApiError(
+            status,
+            "METHOD_NOT_ALLOWED",
+            f"This address does not take {exception.method}; it takes {allowed}.",
+            headers={"Allow": allowed},
+        )
+    if status == 404:
+        return ApiError(status, "NOT_FOUND", "There is nothing at this address.")
+    try:
+        code = HTTPStatus(status).name
+    except ValueError:
+        code = "ERROR"
+    return ApiError(status, code, f"{title(status, code)}.")
+
+
+def new_request_id() -> str:
+    """Make a request id."""
+    return f"req_{secrets.token_hex(12)}"

@@ -780,7 +780,7 @@ def test_cancel_then_continue_at_once(path: Path, kind: type[ScriptedAgent]) -> 
     async def main() -> None:
         stop = asyncio.Event()
         agent = kind(ignores(stop, Message("one"), Delta("half")))
-        async with runtime(path, agent, ExecutorLimits(cancel_grace_seconds=60)) as rt:
+        async with runtime(path, agent, ExecutorLimits(cancel_grace_seconds=10)) as rt:
             run = await rt.start()
             await until_said(rt, run, "one")
             _, second = await asyncio.gather(rt.cancel(run), rt.resume(run, "again"))

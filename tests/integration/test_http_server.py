@@ -15,15 +15,9 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from gateway.errors import ApiError
-from gateway.http_server import (
-    GatewayRunner,
-    HttpLimits,
-    error_response,
-    from_http_exception,
-    make_expect_handler,
-    read_body,
-    request_id,
-)
+from gateway.http_server import GatewayRunner, HttpLimits
+from gateway.request_body import make_expect_handler, read_body
+from gateway.requests import error_response, from_http_exception, request_id
 
 BODY_LIMIT_BYTES = 256 * 1024
 PATIENCE_SECONDS = 10.0
