@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import msgspec
 import typer
@@ -83,6 +83,7 @@ LogLevel = Annotated[str, typer.Option(envvar="ACP_LOG_LEVEL", help="debug, info
 
 @app.command()
 def up(
+    context: typer.Context,
     host: Host = _DEFAULTS.host,
     port: Port = _DEFAULTS.port,
     data_dir: DataDir = Path(".acp"),
@@ -106,28 +107,13 @@ def up(
         data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         key = api_key or _kept_key(data_dir)
         token = _kept_secret(data_dir / "service-token", lambda: secrets.token_hex(32))
-        config = GatewayConfig(
-            grpc_target="127.0.0.1:0",
-            service_token=token,
-            keys_file=data_dir / "keys.json",
-            api_key=api_key,
-            host=host,
-            port=port,
-            allow_plaintext=allow_plaintext,
-            wait_limit_seconds=wait_limit_seconds,
-            max_body_bytes=max_body_bytes,
-            max_json_depth=max_json_depth,
-            max_title_characters=max_title_characters,
-            max_metadata_bytes=max_metadata_bytes,
-            max_connections=max_connections,
-            heartbeat_seconds=heartbeat_seconds,
-            drain_seconds=drain_seconds,
-        )
+        config = _config(context, grpc_target="127.0.0.1:0", service_token=token, keys_file=data_dir / "keys.json")
         uvloop.run(_up(config, data_dir, servers, key, ready_file, log_level))
 
 
 @app.command()
 def serve(
+    context: typer.Context,
     grpc_target: Annotated[
         str, typer.Option(envvar="ACP_GRPC_TARGET", help="HOST:PORT of the runtime service.")
     ] = "127.0.0.1:50051",
@@ -161,23 +147,7 @@ def serve(
         configure_logs(log_level)
         if service_token_file is not None:
             service_token = service_token_file.read_text().strip()
-        config = GatewayConfig(
-            grpc_target=grpc_target,
-            service_token=service_token,
-            keys_file=keys_file,
-            api_key=api_key,
-            host=host,
-            port=port,
-            allow_plaintext=allow_plaintext,
-            wait_limit_seconds=wait_limit_seconds,
-            max_body_bytes=max_body_bytes,
-            max_json_depth=max_json_depth,
-            max_title_characters=max_title_characters,
-            max_metadata_bytes=max_metadata_bytes,
-            max_connections=max_connections,
-            heartbeat_seconds=heartbeat_seconds,
-            drain_seconds=drain_seconds,
-        )
+        config = _config(context, service_token=service_token, keys_file=keys_file)
         uvloop.run(_serve(config, ready_file))
 
 
@@ -225,6 +195,15 @@ def keys_revoke(
     with _Complaints():
         KeyFile(keys_file).revoke(key_id)
         print(f"{key_id} is revoked.")
+
+
+def _config(context: typer.Context, **more: Any) -> GatewayConfig:
+    """Build the config from the options of the command and `more`; they are named alike. Raises SettingError.
+
+    Paths must be among `more`: the context holds them as text.
+    """
+    options = {name: value for name, value in context.params.items() if name in GatewayConfig.__struct_fields__}
+    return GatewayConfig(**options | more)
 
 
 async def _up(
