@@ -296,9 +296,14 @@ def _kept_key(data_dir: Path) -> str:
 
 def _kept_secret(path: Path, make: Callable[[], str]) -> str:
     if not path.exists():
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        # In one piece, or a crash in between would leave an empty secret for all later starts.
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w") as file:
             file.write(make())
+            file.flush()
+            os.fsync(descriptor)
+        temporary.replace(path)
     return path.read_text().strip()
 
 

@@ -1,6 +1,7 @@
 """Settings of the gateway, checked when they are built."""
 
 import ipaddress
+import math
 from pathlib import Path
 
 import msgspec
@@ -59,8 +60,10 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
             "heartbeat_seconds",
             "max_connections",
         ):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise SettingError(f"ACP_{name.upper()} must be more than 0")
+        if not 0 <= self.drain_seconds < math.inf:
+            raise SettingError("ACP_DRAIN_SECONDS must be 0 or more")
 
 
 def is_loopback(host: str) -> bool:

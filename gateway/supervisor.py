@@ -93,11 +93,14 @@ class RuntimeProcess:
         )
 
     async def _wait_until_ready(self, process: asyncio.subprocess.Process) -> None:
-        async with asyncio.timeout(_START_SECONDS):
-            while not self._ready_file.exists():
-                if process.returncode is not None:
-                    raise RuntimeFailed(f"The runtime service ended with exit code {process.returncode}.")
-                await asyncio.sleep(_POLL_SECONDS)
+        try:
+            async with asyncio.timeout(_START_SECONDS):
+                while not self._ready_file.exists():
+                    if process.returncode is not None:
+                        raise RuntimeFailed(f"The runtime service ended with exit code {process.returncode}.")
+                    await asyncio.sleep(_POLL_SECONDS)
+        except TimeoutError:
+            raise RuntimeFailed(f"The runtime service was not ready after {_START_SECONDS:g} s.") from None
         self.target = json.loads(self._ready_file.read_text())["grpc_target"]
 
     async def _supervise(self) -> None:
@@ -113,7 +116,7 @@ class RuntimeProcess:
             try:
                 await self._wait_until_ready(self._process)
                 log.info("the runtime service is back, process %d", self._process.pid)
-            except (RuntimeFailed, TimeoutError):
+            except RuntimeFailed:
                 await asyncio.sleep(backoff)
             backoff = 0.1 if loop.time() - started > _MAX_BACKOFF_SECONDS else min(backoff * 2, _MAX_BACKOFF_SECONDS)
 

@@ -100,8 +100,8 @@ def serve(
     log_level: Annotated[str, typer.Option(envvar="ACP_LOG_LEVEL", help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Serve RunService until SIGTERM or Ctrl-C, then drain."""
-    _log_as_json(log_level)
     try:
+        _log_as_json(log_level)
         if service_token_file is not None:
             service_token = service_token_file.read_text().strip()
         config = RuntimeConfig(
@@ -161,6 +161,8 @@ def _log_as_json(level: str) -> None:
     )
     handler = logging.StreamHandler()
     handler.setFormatter(formatter)
+    if level.upper() not in logging.getLevelNamesMapping():
+        raise SettingError(f"ACP_LOG_LEVEL must be debug, info, warning or error, not {level!r}")
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 

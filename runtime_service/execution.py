@@ -41,6 +41,7 @@ from runtime_service.store.base import (
 log = logging.getLogger(__name__)
 
 MAX_EVENT_BYTES = 1 << 20
+_MAX_ERROR_CHARACTERS = 10_000
 _MAX_UNSTORED_OUTPUTS = 500
 _MAX_PENDING_BYTES = 1 << 20
 _DRAFT_SECONDS = 1.0
@@ -71,6 +72,9 @@ class Execution:
         self._pending_bytes = 0
         self._in_flight = 0
         self._flush_planned = False
+        self._held = 0
+        self._unheld = asyncio.Event()
+        self._settling = False
         self._flushing: asyncio.Task[None] | None = None
         self._draft: Draft | None = None
         self._draft_saved = 0
@@ -99,32 +103,39 @@ class Execution:
         if self._draft is not None:
             self._place_draft(self._draft)
 
-    def take_rest(self) -> tuple[list[EventDraft], str | None]:
-        """Stop listening to the agent; return what is not stored yet, and the turn's output so far."""
+    def hold(self) -> tuple[list[EventDraft], str | None]:
+        """Begin no write until `resume` or `take_rest`; return what is not stored yet, and the output so far."""
+        self._held += 1
+        return self._rest()
+
+    def resume(self) -> None:
+        """Undo `hold`: what was to follow it did not happen."""
+        self._held -= 1
+        self._unheld.set()
+        self._begin_flush()
+
+    def take_rest(self) -> list[EventDraft]:
+        """Stop listening to the agent; return what is not stored yet."""
         self._lost = True
-        events = self._take_pending()
-        output = self._output
+        self._unheld.set()
+        events, _ = self._rest()
+        self._take_pending()
         if self._draft is not None:
-            output = self._draft.text
-            events.append(incomplete_event(output))
             self._draft = None
             self._live.show_draft(None)
-        return events, output
-
-    def give_back(self, events: list[EventDraft]) -> None:
-        """Undo `take_rest`: what was to follow it did not happen."""
-        self._lost = False
-        self._pending = events + self._pending
+        return events
 
     async def release(self) -> None:
-        """Put the turn back into the queue; its task has ended."""
+        """Put the turn back into the queue; its task has ended. Without a store it is left to the next recovery."""
+        self._settling = True
         if self._flushing is not None:
             await asyncio.wait([self._flushing])
-        events, _ = self.take_rest()
         try:
-            self._publish(await self._store.release_turn(self._key, events))
+            self._publish(await self._store.release_turn(self._key, self.take_rest()))
         except TurnLost:
             return
+        except StoreUnavailable:
+            log.warning("turn %s of %s is left as running", self.run.turn.number, self.run.id)
 
     # The agent
 
@@ -151,10 +162,20 @@ class Execution:
                         # Also keeps an agent that never awaits from keeping the others from running.
                         count = 0
                         await self._drain()
+            if self._draft is not None:
+                # An agent that only streams: the end of the turn is the end of its message.
+                self._add(Message(self._draft.text))
         except AgentError as error:
-            return Outcome(RunStatus.FAILED, error=error.message, error_code=error.code)
-        except (TurnLost, asyncio.CancelledError):
+            message = _storable(str(error.message))[:_MAX_ERROR_CHARACTERS]
+            return Outcome(RunStatus.FAILED, error=message, error_code=_storable(str(error.code)))
+        except TurnLost:
             raise
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Nobody cancelled the turn: something that the agent waited for was.
+            return _unexpected(run, error)
         except TimeoutError as error:
             if limit.expired():
                 seconds = server.turn_timeout_seconds
@@ -179,21 +200,21 @@ class Execution:
             draft = self._draft
             if draft is None:
                 draft = self._begin_draft()
-            text = output.text
-            draft.size += len(text)
+            text = _storable(output.text)
+            draft.size += len(text) if text.isascii() else len(text.encode())
             if draft.size > MAX_EVENT_BYTES:
                 raise _too_large()
-            draft.parts.append(_storable(text))
+            draft.parts.append(text)
             self._live.show_draft(draft)
             return
         event = _event_from(output)
+        self._append(event)
         if isinstance(output, Message):
             if self._draft is not None:
                 self._draft = None
                 self._live.show_draft(None)
             if output.role is EventRole.ASSISTANT:
                 self._output = event.content
-        self._append(event)
         if self._draft is not None:
             self._place_draft(self._draft)
 
@@ -223,8 +244,11 @@ class Execution:
 
     def _save_draft(self) -> None:
         draft = self._draft
-        self._draft_timer = self._loop.call_later(_DRAFT_SECONDS, self._save_draft)
-        idle = self._draft_saving is None or self._draft_saving.done()
+        # A message that is stored takes the place of the draft: those that came before this one go first.
+        busy = bool(self._pending or self._in_flight)
+        again_seconds = _DRAFT_SECONDS / 10 if busy and draft is not None else _DRAFT_SECONDS
+        self._draft_timer = self._loop.call_later(again_seconds, self._save_draft)
+        idle = not busy and (self._draft_saving is None or self._draft_saving.done())
         if draft is not None and len(draft.parts) > self._draft_saved and idle:
             self._draft_saved = len(draft.parts)
             self._draft_saving = self._loop.create_task(self._write_draft(draft.text))
@@ -239,13 +263,16 @@ class Execution:
 
     def _begin_flush(self) -> None:
         self._flush_planned = False
-        if self._pending and self._flushing is None and not self._lost:
+        if self._pending and self._flushing is None and self._may_flush():
             self._flushing = asyncio.create_task(self._flush())
+
+    def _may_flush(self) -> bool:
+        return not (self._lost or self._held or self._settling)
 
     async def _flush(self) -> None:
         """Store what is pending until nothing is; one commit is under way at a time."""
         try:
-            while self._pending and not self._lost:
+            while self._pending and self._may_flush():
                 events = self._take_pending()
                 self._in_flight = len(events)
                 try:
@@ -264,22 +291,30 @@ class Execution:
 
     async def _drain(self) -> None:
         """Wait until what was pending is stored; let others run."""
+        await self._until_unheld()
         self._begin_flush()
         await asyncio.sleep(0)
         while self._flushing is not None:
             await asyncio.wait([self._flushing])
+        await self._until_unheld()
+
+    async def _until_unheld(self) -> None:
+        while self._held and not self._lost:
+            self._unheld.clear()
+            await self._unheld.wait()
         if self._lost:
             raise TurnLost
 
     async def _settle(self, outcome: Outcome) -> None:
-        # A flush that has not begun finds nothing left; one that is under way must end first.
-        events, last = self._last_events(outcome)
+        # A commit that is under way must end first; what is pending then goes with the outcome.
+        self._settling = True
         if self._flushing is not None and self._in_flight:
             await asyncio.wait([self._flushing])
+        await self._until_unheld()
+        events, last = self._last_events(outcome)
         outcome = msgspec.structs.replace(outcome, output=last)
         while True:
-            if self._lost:
-                raise TurnLost
+            await self._until_unheld()
             try:
                 change = await self._store.finish_turn(self._key, events, outcome)
                 break
@@ -288,16 +323,21 @@ class Execution:
         self._publish(change)
 
     def _last_events(self, outcome: Outcome) -> tuple[list[EventDraft], str | None]:
-        if self._draft is not None and outcome.status is RunStatus.COMPLETED:
-            # An agent that only streams: the end of the turn is the end of its message.
-            self._add(Message(self._draft.text))
-        if outcome.status is RunStatus.COMPLETED:
-            return self._take_pending(), self._output
-        lost = self._lost
-        events, output = self.take_rest()
-        self._lost = lost
-        events.append(log_event("error", LogLevel.ERROR, outcome.error or ""))
+        events, output = self._rest()
+        self._take_pending()
+        if self._draft is not None:
+            self._draft = None
+            self._live.show_draft(None)
+        if outcome.error is not None:
+            events.append(log_event("error", LogLevel.ERROR, outcome.error))
         return events, output
+
+    def _rest(self) -> tuple[list[EventDraft], str | None]:
+        """Return what the agent has said and the store has not, a half message included, and the turn's output."""
+        if self._draft is None:
+            return list(self._pending), self._output
+        text = self._draft.text
+        return [*self._pending, incomplete_event(text)], text
 
     def _take_pending(self) -> list[EventDraft]:
         events, self._pending = self._pending, []
@@ -311,7 +351,7 @@ def _too_large() -> AgentError:
     )
 
 
-def _unexpected(run: Run, error: Exception) -> Outcome:
+def _unexpected(run: Run, error: BaseException) -> Outcome:
     log.error("the agent of %s failed in run %s", run.server_id, run.id, exc_info=error)
     message = f"The agent raised {type(error).__name__}; the log of the runtime service has the details."
     return Outcome(RunStatus.FAILED, error=message, error_code="AGENT_FAILED")
@@ -323,12 +363,14 @@ def _event_from(output: Message | Log | ToolCall | ToolResult) -> EventDraft:
         case Message(content, metadata, role):
             return EventDraft(role, _storable(content), at, metadata=_json(metadata))
         case Log(content, level, log_type, metadata):
+            log_type = None if log_type is None else _storable(log_type)
             return EventDraft(EventRole.EXECUTION_LOG, _storable(content), at, log_type, level, _json(metadata))
         case ToolCall(name, arguments, call_id):
+            name = _storable(name)
             metadata = {"name": name, "arguments": arguments} | ({"id": call_id} if call_id else {})
-            return EventDraft(EventRole.EXECUTION_LOG, _storable(name), at, "tool_call", LogLevel.INFO, _json(metadata))
+            return EventDraft(EventRole.EXECUTION_LOG, name, at, "tool_call", LogLevel.INFO, _json(metadata))
         case ToolResult(name, content, call_id, failed):
-            metadata = {"name": name} | ({"id": call_id} if call_id else {})
+            metadata = {"name": _storable(name)} | ({"id": call_id} if call_id else {})
             level = LogLevel.ERROR if failed else LogLevel.SUCCESS
             return EventDraft(EventRole.EXECUTION_LOG, _storable(content), at, "tool_result", level, _json(metadata))
     assert_never(output)

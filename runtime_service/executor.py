@@ -264,16 +264,17 @@ class Executor:
         run = change.run
         error = f"The server {run.server_id!r} is not declared any more."
         outcome = Outcome(RunStatus.FAILED, error=error, error_code="SERVER_NOT_FOUND")
-        try:
-            self._publish(
-                await self._store.finish_turn(
-                    TurnKey(run.id, run.turn.number, run.turn.epoch),
-                    [log_event("error", LogLevel.ERROR, error)],
-                    outcome,
-                )
-            )
-        except TurnLost:
-            return
+        key = TurnKey(run.id, run.turn.number, run.turn.epoch)
+        while not self._draining:
+            try:
+                events = [log_event("error", LogLevel.ERROR, error)]
+                self._publish(await self._store.finish_turn(key, events, outcome))
+            except TurnLost:
+                return
+            except StoreUnavailable:
+                await asyncio.sleep(_STORE_RETRY_SECONDS)
+            else:
+                return
 
     async def _cancel(self, organization: str, server_id: str, run_id: str) -> Change:
         execution = self._executions.get(run_id)
@@ -282,18 +283,22 @@ class Executor:
             server_id,
         ):
             execution = None
-        events, output = execution.take_rest() if execution is not None else ([], None)
+        events, output = execution.hold() if execution is not None else ([], None)
         try:
             change = await self._store.cancel_run(organization, server_id, run_id, events, output)
         except RunServiceError:
             if execution is not None:
-                execution.give_back(events)
+                execution.resume()
             raise
         if change.events:
             self._forget_queued(run_id, self._queued[run_id])
+            if execution is not None:
+                execution.take_rest()
             self._event_log.publish_settled(change)
             if execution is not None:
                 self._end_agent(execution)
+        elif execution is not None:
+            execution.resume()
         return change
 
     def _end_agent(self, execution: Execution) -> None:

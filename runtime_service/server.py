@@ -60,12 +60,12 @@ class RuntimeServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         try:
-            self.port = self._server.add_insecure_port(config.listen)
-        except RuntimeError as error:
+            self.port = self._bind(config.listen)
+            await self._executor.start()
+            await self._server.start()
+        except BaseException:
             await self._store.close()
-            raise SettingError(f"--listen {config.listen}: the address cannot be bound; is it in use?") from error
-        await self._executor.start()
-        await self._server.start()
+            raise
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         return self
 
@@ -79,6 +79,12 @@ class RuntimeServer:
         await self._server.stop(grace=1.0)
         await self._registry.close()
         await self._store.close()
+
+    def _bind(self, listen: str) -> int:
+        try:
+            return self._server.add_insecure_port(listen)
+        except RuntimeError as error:
+            raise SettingError(f"--listen {listen}: the address cannot be bound; is it in use?") from error
 
     async def _set_health(self, status: int) -> None:
         await asyncio.gather(*(self._health.set(name, status) for name in ("", SERVICE)))

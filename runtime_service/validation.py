@@ -42,7 +42,8 @@ def checked_metadata(text: bytes, limits: RequestLimits) -> bytes | None:
     if len(text) > limits.metadata_bytes:
         raise InvalidRequest("metadata_json", f"must be at most {limits.metadata_bytes} bytes")
     try:
-        value = json.loads(text, parse_constant=_refuse)
+        # Decoded here: json.loads takes UTF-16, UTF-32 and encoded surrogates, too.
+        value = json.loads(text.decode(), parse_constant=_refuse)
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):

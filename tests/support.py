@@ -16,7 +16,7 @@ from runtime_service.agents import Agent, AgentOutput, TurnContext
 from runtime_service.event_log import EventLog
 from runtime_service.executor import Executor, ExecutorLimits
 from runtime_service.registry import Registry, Server
-from runtime_service.runs import EventDraft, EventRole, Run, RunEvent, RunMode, RunStatus, new_run_id, now_ms
+from runtime_service.runs import TERMINAL, EventDraft, EventRole, Run, RunEvent, RunMode, RunStatus, new_run_id, now_ms
 from runtime_service.store.base import NewRun, NewTurn, RunStore, TurnKey
 from runtime_service.store.sqlite import SQLiteStore
 
@@ -26,9 +26,10 @@ SERVER = "assistant"
 ALL = 1 << 30
 
 _T = TypeVar("_T")
+LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
 
-def run_async(main: Coroutine[Any, Any, _T]) -> _T:
+def run_async(main: Coroutine[Any, Any, _T], *, loop_factory: LoopFactory | None = None) -> _T:
     """Run `main` within the limit; what a task or callback failed with unseen fails the test, too."""
     unseen: list[str] = []
 
@@ -42,7 +43,11 @@ def run_async(main: Coroutine[Any, Any, _T]) -> _T:
         gc.collect()
         return result
 
-    result = asyncio.run(limited())
+    # What there is by now need not be looked at again then; it is most of what there will be.
+    gc.freeze()
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        result = runner.run(limited())
+    gc.collect()
     assert not unseen
     return result
 
@@ -221,7 +226,9 @@ class Runtime:
 
         async def reached() -> bool:
             found[:] = [await self.get(run, turn)]
-            return found[0].status in statuses
+            status = found[0].status
+            assert status in statuses or status not in TERMINAL, f"it is {status}: {found[0].turn}"
+            return status in statuses
 
         await self.until(reached)
         return found[0]

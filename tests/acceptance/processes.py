@@ -165,13 +165,13 @@ class Program:
         content: dict[str, Any] = json.loads(ready_file.read_text())
         return content
 
-    def signal(self, number: signal.Signals) -> None:
+    def send(self, number: signal.Signals) -> None:
         """Send a signal to this process alone."""
         self.process.send_signal(number)
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Send a signal; return the exit code once it has ended."""
-        self.signal(number)
+        self.send(number)
         return self.process.wait(LIMIT_SECONDS)
 
     def kill(self) -> None:

@@ -101,7 +101,7 @@ def test_resources_cancel_a_bound_agents_run(client: ComputerAgentsClient, tmp_p
 
 def test_agent_runtimes_live_a_whole_run(client: ComputerAgentsClient) -> None:
     """AgentRuntimesResource: every method for runs, on an id that has to be percent-encoded."""
-    runtimes = client.agent_runtimes
+    runtimes: Any = client.agent_runtimes
     started = runtimes.start_run("runtime/one", content="C", prompt="P", title="T", metadata={"a": [1]})
     run = started["run"]
     assert (run["serverId"], run["output"], run["title"], run["metadata"]) == ("runtime/one", "P\n\nC", "T", {"a": [1]})
@@ -117,7 +117,7 @@ def test_agent_runtimes_live_a_whole_run(client: ComputerAgentsClient) -> None:
 
 def test_agent_runtimes_follow_an_async_run(client: ComputerAgentsClient) -> None:
     """AgentRuntimesResource: mode async on start and input; polling sees the end."""
-    runtimes = client.agent_runtimes
+    runtimes: Any = client.agent_runtimes
     run_id = runtimes.start_run("slow", content="one two three", mode="async")["run"]["id"]
     assert runtimes.send_input("slow", run_id, prompt="four", mode="async")["run"]["mode"] == "async"
     until(lambda: runtimes.get_run("slow", run_id)["run"]["status"] in TERMINAL)
@@ -193,7 +193,8 @@ def test_errors_surface_whole(client: ComputerAgentsClient, gateway: Up) -> None
     with pytest.raises(ApiClientError) as invalid:
         client.resources.start_run("echo", content="x", mode="later")
     assert (invalid.value.status, invalid.value.code) == (400, "VALIDATION_FAILED")
-    assert invalid.value.details == [{"field": "mode", "message": 'must be "sync" or "async"'}]
+    details: Any = invalid.value.details
+    assert details == [{"field": "mode", "message": 'must be "sync" or "async"'}]
     assert invalid.value.message == 'mode must be "sync" or "async"'
 
     with pytest.raises(ApiClientError) as unknown:

@@ -385,7 +385,7 @@ def test_media_type_may_name_utf_8(tmp_path: Path) -> None:
         ("POST", "/v1/servers/echo/runs/run_x/events", 405, "METHOD_NOT_ALLOWED", "GET"),
         ("PATCH", "/v1/servers/echo/runs/run_x", 405, "METHOD_NOT_ALLOWED", "GET"),
         ("OPTIONS", "/v1/servers/echo/runs", 405, "METHOD_NOT_ALLOWED", "GET, POST"),
-        ("POST", "/health", 405, "METHOD_NOT_ALLOWED", None),
+        ("POST", "/health", 405, "METHOD_NOT_ALLOWED", "GET, HEAD"),
         *(
             ("GET", f"/v1/servers/{server}/runs", 404, "SERVER_NOT_FOUND", None)
             for server in (
@@ -418,7 +418,7 @@ def test_unknown_addresses_are_told(
             answer = await stack.call(method, path)
             check_refusal(answer, status, code)
             if allow is not None:
-                assert answer.headers["Allow"].replace("HEAD, ", "").replace("GET, HEAD", "GET") == allow
+                assert answer.headers["Allow"] == allow
 
     run_async(main())
 

@@ -2,12 +2,12 @@
 
 import asyncio
 import shutil
-import sqlite3
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
+import apsw
 import pytest
 
 from runtime_service import execution as execution_module
@@ -424,10 +424,14 @@ def test_caller_that_goes_away_cancels_nothing(
                     caller.cancel()
                     with pytest.raises(asyncio.CancelledError):
                         await caller
-                page = await rt.store.list_runs(ORGANIZATION, SERVER, status=None, token=None, limit=10)
-                (run,) = page.runs
-                done = await rt.until_status(run, COMPLETED, turn=1 if text == "first" else 2)
-                assert done.turn.output == "done"
+
+                async def is_done(text: str = text) -> bool:
+                    page = await rt.store.list_runs(ORGANIZATION, SERVER, status=COMPLETED, token=None, limit=10)
+                    return [run.turn.input for run in page.runs] == [text]
+
+                await rt.until(is_done)
+                (run,) = (await rt.store.list_runs(ORGANIZATION, SERVER, status=None, token=None, limit=10)).runs
+                assert run.turn.output == "done"
             assert agent.inputs == ["first", "second"]
             await eventually(lambda: is_idle(rt))
 
@@ -783,8 +787,9 @@ def test_cancel_then_continue_at_once(path: Path, kind: type[ScriptedAgent]) -> 
         async with runtime(path, agent, ExecutorLimits(cancel_grace_seconds=10)) as rt:
             run = await rt.start()
             await until_said(rt, run, "one")
-            _, second = await asyncio.gather(rt.cancel(run), rt.resume(run, "again"))
-            assert second.turn.number == 2
+            await rt.cancel(run)
+            second = await rt.resume(run, "again")
+            assert (second.turn.number, second.status) == (2, RUNNING)
             done = await rt.until_status(run, COMPLETED, turn=2)
             assert done.turn.output == "re: again"
             stop.set()
@@ -973,9 +978,9 @@ def test_crash_loses_no_accepted_run(path: Path, kind: type[ScriptedAgent]) -> N
         limits = ExecutorLimits(max_turns=1, cancel_grace_seconds=0.05)
         async with runtime(path, kind(waits(asyncio.Event(), Message("one"))), limits) as rt:
             run = await rt.start("first")
+            await until_said(rt, run, "one")
             others = [await rt.start(str(n)) for n in range(3)]
             more = await rt.resume(run, "more")
-            await until_said(rt, run, "one")
             image = crash_image(path, "crashed")
         attempts: list[tuple[str, int]] = []
 
@@ -990,7 +995,7 @@ def test_crash_loses_no_accepted_run(path: Path, kind: type[ScriptedAgent]) -> N
             assert sorted(attempts) == [("0", 1), ("1", 1), ("2", 1), ("first", 2), ("more", 1)]
             events = await log_of(rt.store, run.id)
             texts = [event.content if event.log_type is None else event.log_type for event in events]
-            assert texts == ["first", "more", "one", "attempt", "again", "again"]
+            assert texts == ["first", "one", "more", "attempt", "again", "again"]
 
     run_async(main())
 
@@ -1018,8 +1023,9 @@ def test_crash_loses_little_of_the_text_in_the_making(path: Path, monkeypatch: p
     monkeypatch.setattr(execution_module, "_DRAFT_SECONDS", 0.01)
 
     def draft() -> str | None:
-        with sqlite3.connect(path) as connection:
-            (found,) = connection.execute("SELECT draft FROM turns").fetchone()
+        # By the store's own library: another copy of SQLite in this process would undo its locks.
+        connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+        found = connection.execute("SELECT draft FROM turns").get
         connection.close()
         assert found is None or isinstance(found, str)
         return found
@@ -1094,7 +1100,7 @@ def test_store_that_fails_for_a_while_loses_nothing(
         async def script(_: TurnContext) -> AsyncGenerator[AgentOutput]:
             for n in range(6):
                 yield Message(str(n))
-                for _ in range(n):
+                for _pause in range(n):
                     await asyncio.sleep(0.001)
 
         async with runtime(path, kind(script), ExecutorLimits(max_turns=1, cancel_grace_seconds=0.05)) as rt:

@@ -23,6 +23,9 @@ FAMILIES = {
     "agent-runtimes": "/v1/agent-runtimes/echo/runs",
 }
 
+CALLER = (("authorization", f"Bearer {TOKEN}"), ("x-acp-organization", "default"))
+"""The metadata of a gRPC caller of the organization "default"."""
+
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 
 
@@ -668,25 +671,25 @@ def test_agent_that_cannot_run_is_told(accept: str, tmp_path: Path) -> None:
 
 async def _reason(stack: Stack, server: str, run_id: str | None, text: str) -> str:
     """The one ErrorInfo's reason that a gRPC caller gets."""
-    metadata = (("authorization", f"Bearer {TOKEN}"), ("x-acp-organization", "default"))
     reference = rpc.ServerReference(id=server)
     async with grpc.aio.insecure_channel(stack.target) as channel:
         stub = run_service_pb2_grpc.RunServiceStub(channel)
         started = rpc.StartRunRequest(server=reference, input=text)
         got = rpc.GetRunRequest(server=reference, run_id=run_id or "")
-        call = stub.GetRun(got, metadata=metadata) if run_id else stub.StartRun(started, metadata=metadata).read()
+        call = stub.GetRun(got, metadata=CALLER) if run_id else stub.StartRun(started, metadata=CALLER).read()
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call
-    trailer = dict(caught.value.trailing_metadata() or ())["grpc-status-details-bin"]
+    return reason_of(caught.value)
+
+
+def reason_of(error: grpc.aio.AioRpcError) -> str:
+    """The reason in the one ErrorInfo of an error."""
+    trailer = dict(error.trailing_metadata() or ())["grpc-status-details-bin"]
     assert isinstance(trailer, bytes)
-    infos = [
-        detail
-        for detail in status_pb2.Status.FromString(trailer).details
-        if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR)
-    ]
-    assert len(infos) == 1
+    details = status_pb2.Status.FromString(trailer).details
+    (packed,) = (detail for detail in details if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR))
     info = error_details_pb2.ErrorInfo()
-    infos[0].Unpack(info)
+    packed.Unpack(info)
     reason: str = info.reason
     return reason
 

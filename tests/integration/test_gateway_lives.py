@@ -6,13 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from aiohttp import ClientConnectionError
 from prometheus_client.parser import text_string_to_metric_families
 
 import gateway.app
 from gateway.run_client import RunClient
+from protos.acp.runs.v1 import run_service_pb2 as rpc
+from protos.acp.runs.v1 import run_service_pb2_grpc
 from tests.integration.stack import GATES, Stack, runs, serving, until
+from tests.integration.test_gateway import CALLER, reason_of
 from tests.integration.test_gateway_events import STREAMED, check_stream, events_of
 from tests.support import run_async
 
@@ -108,6 +112,32 @@ def test_stream_tells_that_the_runtime_stops(accept: str, tmp_path: Path) -> Non
             assert rest[-1].document["run"]["status"] == "completed"
             log = (await stack.call("GET", path + "/events")).events
             assert log == [*events_of(frames), *events_of(rest)]
+
+    run_async(main())
+
+
+def test_code_in_the_middle_is_the_reason_of_grpc(tmp_path: Path) -> None:
+    """A gRPC caller who follows the run is told the same reason as the reader of the stream."""
+
+    async def main() -> None:
+        async with serving(tmp_path) as stack, grpc.aio.insecure_channel(stack.target) as channel:
+            path = await stack.start_async("gated", "both doors")
+            request = rpc.WatchRunRequest(server=rpc.ServerReference(id="gated"), run_id=path.rpartition("/")[2])
+            call: Any = run_service_pb2_grpc.RunServiceStub(channel).WatchRun(request, metadata=CALLER)
+            await call.read()
+            async with stack.stream("GET", path + "/events") as stream:
+                await stream.until(lambda frame: frame.type == "run.event")
+                await stack.stop_runtime()
+                frames = await stream.rest()
+
+            async def read_to_the_end() -> None:
+                while await call.read() is not grpc.aio.EOF:
+                    pass
+
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await read_to_the_end()
+            assert frames[-1].document["code"] == reason_of(caught.value) == "DRAINING"
+            await stack.start_runtime()
 
     run_async(main())
 
