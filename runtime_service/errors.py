@@ -6,6 +6,8 @@ message is for a person and may be shown to any caller.
 
 from typing import ClassVar
 
+_NAME_CHARACTERS = 200
+
 
 class RunServiceError(Exception):
     """Base of all refusals. `retry_after_seconds` is set where trying again may help."""
@@ -41,7 +43,15 @@ class RunNotFound(RunServiceError):
     reason = "RUN_NOT_FOUND"
 
     def __init__(self, run_id: str) -> None:
-        super().__init__(f"There is no run {run_id!r} on this server.")
+        super().__init__(f"There is no run {shown(run_id)} on this server.")
+
+
+def shown(name: str) -> str:
+    """Return a caller's name for something as a message may repeat it.
+
+    In full length it could push the trailers of the call past gRPC's limit, and be answered by another error.
+    """
+    return repr(name if len(name) <= _NAME_CHARACTERS else name[:_NAME_CHARACTERS] + "…")
 
 
 class CapacityExceeded(RunServiceError):

@@ -242,9 +242,16 @@ class EventLog:
         woken = asyncio.Event()
         live.add_follower(woken, deltas=options.deltas)
         timer, deadline = None, math.inf
+
+        def expire() -> None:
+            # Said, not read from the clock: a timer may be up to a millisecond early by it.
+            nonlocal deadline
+            deadline = -math.inf
+            woken.set()
+
         if options.wait_seconds is not None:
             deadline = loop.time() + options.wait_seconds
-            timer = loop.call_at(deadline, woken.set)
+            timer = loop.call_at(deadline, expire)
         cursor = after
         drafts = _DraftCursor()
         told: tuple[int, RunStatus] | None = None

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import msgspec
 
 from runtime_service.agents import Agent
-from runtime_service.errors import ServerNotFound
+from runtime_service.errors import ServerNotFound, shown
 
 AGENT_RUNTIME = "agent_runtime"
 AGENT_KINDS: dict[str, str] = {
@@ -68,7 +68,7 @@ class Registry:
             hint = ""
             if bound is not None:
                 hint = f" It is a resource bound to {bound!r}: use /v1/servers/{server_id}/runtime/agent/runs."
-            raise ServerNotFound(f"There is no agent runtime {server_id!r}.{hint}")
+            raise ServerNotFound(f"There is no agent runtime {shown(server_id)}.{hint}")
         return server
 
     def executor_of(self, server_id: str) -> Server | None:
@@ -87,11 +87,12 @@ class Registry:
 
 def load_registry(path: Path | None) -> Registry:
     """Read `path`, or the built-in servers without one. Raises ConfigurationError."""
+    name = "the built-in servers" if path is None else str(path)
     try:
         if path is None:
-            name, text = "the built-in servers", (files("runtime_service") / "servers.toml").read_text()
+            text = (files("runtime_service") / "servers.toml").read_text("utf-8")
         else:
-            name, text = str(path), path.read_text()
+            text = path.read_text("utf-8")
             # Agents of the `python` kind are found beside the file, too.
             folder = str(path.resolve().parent)
             if folder not in sys.path:

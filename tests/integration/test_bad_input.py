@@ -423,6 +423,23 @@ def test_unknown_addresses_are_told(
     run_async(main())
 
 
+def test_long_ids_are_told_reliably(tmp_path: Path) -> None:
+    """An id that fills the request line is a 404 each time; gRPC by chance refuses errors that repeat too much."""
+
+    async def main() -> None:
+        async with unmoved(tmp_path) as (stack, _):
+            for _ in range(40):
+                for path, code in (
+                    (runs("x" * 7_900), "SERVER_NOT_FOUND"),
+                    (f"{runs('echo')}/{'%F0%9F%98%80' * 600}", "RUN_NOT_FOUND"),
+                ):
+                    answer = await stack.call("GET", path)
+                    check_refusal(answer, 404, code)
+                    assert len(answer.body) < 2_000
+
+    run_async(main())
+
+
 # -- HTTP itself ---------------------------------------------------------------------------------------
 
 
