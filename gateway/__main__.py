@@ -36,6 +36,7 @@ app = typer.Typer(
 keys_app = typer.Typer(help="API keys: make, list and revoke them.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 
+_DATA_DIR = Path(".acp")
 _DEFAULTS = GatewayConfig(grpc_target="-", service_token="-", api_key="-")
 
 Host = Annotated[str, typer.Option(envvar="ACP_HOST", help="Address to serve REST at.")]
@@ -46,6 +47,10 @@ DataDir = Annotated[
 ]
 Servers = Annotated[
     Path | None, typer.Option(envvar="ACP_SERVERS", help="A servers.toml; without one the built-in servers.")
+]
+KeysFile = Annotated[
+    Path | None,
+    typer.Option(envvar="ACP_KEYS_FILE", help="The key file; without, keys.json in the data directory."),
 ]
 ApiKey = Annotated[
     str | None,
@@ -67,6 +72,15 @@ MaxBody = Annotated[int, typer.Option(envvar="ACP_MAX_BODY_BYTES", help="Largest
 MaxDepth = Annotated[int, typer.Option(envvar="ACP_MAX_JSON_DEPTH", help="Deepest JSON in a request body.")]
 MaxTitle = Annotated[int, typer.Option(envvar="ACP_MAX_TITLE_CHARACTERS", help="Longest title of a run.")]
 MaxMetadata = Annotated[int, typer.Option(envvar="ACP_MAX_METADATA_BYTES", help="Largest metadata.")]
+BodySeconds = Annotated[
+    float, typer.Option(envvar="ACP_BODY_SECONDS", help="Time for a request body to arrive; past it, 408.")
+]
+IdleSeconds = Annotated[
+    float, typer.Option(envvar="ACP_IDLE_SECONDS", help="How long a connection may lie idle between requests.")
+]
+WriteSeconds = Annotated[
+    float, typer.Option(envvar="ACP_WRITE_SECONDS", help="Time for a client to read what it is sent, then it is cut.")
+]
 MaxConnections = Annotated[
     int, typer.Option(envvar="ACP_MAX_CONNECTIONS", help="Most connections at once; past it, 503.")
 ]
@@ -86,7 +100,7 @@ def up(
     context: typer.Context,
     host: Host = _DEFAULTS.host,
     port: Port = _DEFAULTS.port,
-    data_dir: DataDir = Path(".acp"),
+    data_dir: DataDir = _DATA_DIR,
     servers: Servers = None,
     api_key: ApiKey = None,
     ready_file: ReadyFile = None,
@@ -98,6 +112,9 @@ def up(
     max_metadata_bytes: MaxMetadata = _DEFAULTS.max_metadata_bytes,
     max_connections: MaxConnections = _DEFAULTS.max_connections,
     heartbeat_seconds: Heartbeat = _DEFAULTS.heartbeat_seconds,
+    body_seconds: BodySeconds = _DEFAULTS.body_seconds,
+    idle_seconds: IdleSeconds = _DEFAULTS.idle_seconds,
+    write_seconds: WriteSeconds = _DEFAULTS.write_seconds,
     drain_seconds: Drain = _DEFAULTS.drain_seconds,
     log_level: LogLevel = "info",
 ) -> None:
@@ -124,9 +141,8 @@ def serve(
         Path | None,
         typer.Option(envvar="ACP_SERVICE_TOKEN_FILE", help="A file that holds the service token."),
     ] = None,
-    keys_file: Annotated[
-        Path, typer.Option(envvar="ACP_KEYS_FILE", help="The key file, as `keys create` makes it.")
-    ] = Path(".acp/keys.json"),
+    keys_file: KeysFile = None,
+    data_dir: DataDir = _DATA_DIR,
     host: Host = _DEFAULTS.host,
     port: Port = _DEFAULTS.port,
     api_key: ApiKey = None,
@@ -139,6 +155,9 @@ def serve(
     max_metadata_bytes: MaxMetadata = _DEFAULTS.max_metadata_bytes,
     max_connections: MaxConnections = _DEFAULTS.max_connections,
     heartbeat_seconds: Heartbeat = _DEFAULTS.heartbeat_seconds,
+    body_seconds: BodySeconds = _DEFAULTS.body_seconds,
+    idle_seconds: IdleSeconds = _DEFAULTS.idle_seconds,
+    write_seconds: WriteSeconds = _DEFAULTS.write_seconds,
     drain_seconds: Drain = _DEFAULTS.drain_seconds,
     log_level: LogLevel = "info",
 ) -> None:
@@ -147,12 +166,12 @@ def serve(
         configure_logs(log_level)
         if service_token_file is not None:
             service_token = service_token_file.read_text().strip()
-        config = _config(context, service_token=service_token, keys_file=keys_file)
+        config = _config(context, service_token=service_token, keys_file=_key_file(keys_file, data_dir).path)
         uvloop.run(_serve(config, ready_file))
 
 
-KeysFile = Annotated[Path, typer.Option(envvar="ACP_KEYS_FILE", help="The key file.")]
-_KEYS_FILE = Path(".acp/keys.json")
+def _key_file(path: Path | None, data_dir: Path) -> KeyFile:
+    return KeyFile(data_dir / "keys.json" if path is None else path)
 
 
 @keys_app.command("create")
@@ -164,22 +183,24 @@ def keys_create(
         typer.Option(help='What it may do: "*", "execute", "runs:read"; may be given again.'),
     ] = None,
     expires_days: Annotated[int | None, typer.Option(min=1, help="Days until it expires; without, never.")] = None,
-    keys_file: KeysFile = _KEYS_FILE,
+    keys_file: KeysFile = None,
+    data_dir: DataDir = _DATA_DIR,
 ) -> None:
     """Make a key and print it, this once. Running gateways know it within a second."""
     with _Complaints():
         expires_at = None if expires_days is None else datetime.now(UTC) + timedelta(days=expires_days)
         scopes = cast(tuple[Scope, ...], tuple(scope or ("*",)))
-        keys_file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        text, _ = KeyFile(keys_file).create(name, organization, scopes, expires_at)
+        keys = _key_file(keys_file, data_dir)
+        keys.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        text, _ = keys.create(name, organization, scopes, expires_at)
         print(text)
 
 
 @keys_app.command("list")
-def keys_list(keys_file: KeysFile = _KEYS_FILE) -> None:
+def keys_list(keys_file: KeysFile = None, data_dir: DataDir = _DATA_DIR) -> None:
     """Show the keys, without their secrets."""
     with _Complaints():
-        for key in KeyFile(keys_file).load():
+        for key in _key_file(keys_file, data_dir).load():
             state = (
                 "revoked" if key.revoked_at else f"expires {key.expires_at:%Y-%m-%d}" if key.expires_at else "active"
             )
@@ -189,11 +210,12 @@ def keys_list(keys_file: KeysFile = _KEYS_FILE) -> None:
 @keys_app.command("revoke")
 def keys_revoke(
     key_id: Annotated[str, typer.Argument(help="The id: the 12 digits in the middle of the key.")],
-    keys_file: KeysFile = _KEYS_FILE,
+    keys_file: KeysFile = None,
+    data_dir: DataDir = _DATA_DIR,
 ) -> None:
     """End a key for good. Running gateways refuse it within a second."""
     with _Complaints():
-        KeyFile(keys_file).revoke(key_id)
+        _key_file(keys_file, data_dir).revoke(key_id)
         print(f"{key_id} is revoked.")
 
 

@@ -133,7 +133,11 @@ class Gateway:
 
     async def __aenter__(self) -> "Gateway":
         config = self._config
-        limits = HttpLimits(connections=config.max_connections, keepalive_timeout_seconds=config.idle_seconds)
+        limits = HttpLimits(
+            connections=config.max_connections,
+            keepalive_timeout_seconds=config.idle_seconds,
+            write_seconds=config.write_seconds,
+        )
         self._runner = GatewayRunner(make_app(config), limits, shutdown_timeout_seconds=config.drain_seconds)
         await self._runner.setup()
         try:

@@ -142,8 +142,14 @@ _TABLE: Final[dict[grpc.StatusCode, _Row]] = {
     ),
 }
 
-# A 403 without ErrorInfo is no decision of the runtime about the caller: a proxy between us made it.
-_REFUSED_IN_BETWEEN: Final = _TABLE[grpc.StatusCode.UNAUTHENTICATED]
+# Without ErrorInfo these are no decision of the runtime about the caller: a proxy between us refused the call, or
+# gRPC found a message too large.
+_FROM_BETWEEN: Final = {
+    grpc.StatusCode.PERMISSION_DENIED: _TABLE[grpc.StatusCode.UNAUTHENTICATED],
+    grpc.StatusCode.RESOURCE_EXHAUSTED: _Row(
+        502, "RUNTIME_ANSWER_TOO_LARGE", "The answer of the runtime service is too large to be passed on.", ours=True
+    ),
+}
 
 # Reasons that the contract gives an HTTP status of their own, whichever gRPC status carries them.
 _STATUS_BY_REASON: Final = {"IDEMPOTENCY_KEY_REUSED": 422}
@@ -191,8 +197,7 @@ def _from_parts(code: grpc.StatusCode, status: status_pb2.Status) -> ApiError:
     infos = _unpack(status, error_details_pb2.ErrorInfo)
     reason = infos[0].reason if len(infos) == 1 else ""
     if not reason:
-        if code is grpc.StatusCode.PERMISSION_DENIED:
-            row = _REFUSED_IN_BETWEEN
+        row = _FROM_BETWEEN.get(code, row)
         return ApiError(row.status, row.code, row.message, headers=_retry_headers(row.status, status))
     if row.ours:
         return ApiError(row.status, row.code if row.hides_reason else reason, row.message)

@@ -1,5 +1,6 @@
 """One short method an operation: decode, call, encode. What is the same for all is in `app`."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import get_args
 
@@ -208,7 +209,7 @@ class RunHandlers:
                     yield update.events
                     update = await updates.next()
 
-            return await _write_pieces(request, status, headers, head, rest(), b"]}")
+            return await self._write_pieces(request, status, headers, head, rest(), b"]}")
         finally:
             updates.cancel()
 
@@ -246,33 +247,36 @@ class RunHandlers:
                 page = await self._client.list_events(context, target, run_id, after=last, limit=min(end - last, 1_000))
                 last = page.events[-1].sequence if page.events else end
 
-        return await _write_pieces(request, 200, info.headers, head, pages(), tail)
+        return await self._write_pieces(request, 200, info.headers, head, pages(), tail)
 
-
-async def _write_pieces(
-    request: web.Request,
-    status: int,
-    headers: dict[str, str],
-    head: bytes,
-    pages: AsyncIterator[Iterable[pb.RunEvent]],
-    tail: bytes,
-) -> web.StreamResponse:
-    """Write an envelope without holding it. A failure in the middle cuts the connection: JSON has no other way."""
-    response = web.StreamResponse(status=status, headers={**headers, "Content-Type": "application/json; charset=utf-8"})
-    await response.prepare(request)
-    separator = head + b',"events":['
-    try:
-        async for events in pages:
-            if piece := _join(events):
-                await response.write(separator + piece)
-                separator = b","
-        await response.write((separator if separator != b"," else b"") + tail)
-        await response.write_eof()
-    except Exception as error:
-        if request.transport is not None:
-            request.transport.abort()
-        raise ConnectionResetError("the answer was cut") from error
-    return response
+    async def _write_pieces(
+        self,
+        request: web.Request,
+        status: int,
+        headers: dict[str, str],
+        head: bytes,
+        pages: AsyncIterator[Iterable[pb.RunEvent]],
+        tail: bytes,
+    ) -> web.StreamResponse:
+        """Write an envelope without holding it. A failure in the middle cuts the connection: JSON has no other way."""
+        response = web.StreamResponse(
+            status=status, headers={**headers, "Content-Type": "application/json; charset=utf-8"}
+        )
+        await response.prepare(request)
+        separator = head + b',"events":['
+        try:
+            async for events in pages:
+                if piece := _join(events):
+                    async with asyncio.timeout(self._config.write_seconds):
+                        await response.write(separator + piece)
+                    separator = b","
+            await response.write((separator if separator != b"," else b"") + tail)
+            await response.write_eof()
+        except Exception as error:
+            if request.transport is not None:
+                request.transport.abort()
+            raise ConnectionResetError("the answer was cut") from error
+        return response
 
 
 def _head(target: ServerTarget, run: pb.Run, thread: pb.Thread) -> bytes:

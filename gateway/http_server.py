@@ -42,6 +42,8 @@ class HttpLimits:
     keepalive_timeout_seconds: float = 75.0
     # How long the rest of a body that nobody wanted is read, so that its sender gets to see the answer.
     lingering_seconds: float = 5.0
+    # How long an answer may take to be read by its client.
+    write_seconds: float = 30.0
     line_bytes: int = 8190
     header_bytes: int = 8190
     headers: int = 128
@@ -187,7 +189,15 @@ class _Connection(RequestHandler):
         if self._took_offence and not self._messages:
             # That was the last request that could be understood.
             self._close = True
-        return await super().finish_response(request, resp, start_time)
+        seconds = cast(_Server, self._manager).limits.write_seconds if self._manager is not None else None
+        try:
+            async with asyncio.timeout(None if resp.prepared else seconds):
+                return await super().finish_response(request, resp, start_time)
+        except TimeoutError:
+            # A client that does not read its answer.
+            if self.transport is not None:
+                self.transport.abort()
+            return resp, True
 
     def handle_error(
         self,

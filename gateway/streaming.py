@@ -161,8 +161,10 @@ class StreamRelay:
                 last = frames.error(from_rpc_error(error))
             except asyncio.CancelledError:
                 # Either this task was cancelled, or the call was: by `stop`, or because the client is gone.
-                if response is None or not self._stopped:
+                if not self._stopped:
                     raise
+                if response is None:
+                    raise _DRAINING from None
                 last = frames.error(_DRAINING)
             assert response is not None, "a stream has at least one update"
             await self._write(response, last)
@@ -173,6 +175,7 @@ class StreamRelay:
                 raise
             self._abort()
         finally:
+            self._response = None
             self._updates.cancel()
         return response
 

@@ -36,6 +36,8 @@ class RuntimeProcess:
     ) -> None:
         self._ready_file = data_dir / "runtime.ready.json"
         self._environment = {**os.environ, **environment}
+        # The token that is given here counts, not one that was meant for programs started alone.
+        self._environment.pop("ACP_SERVICE_TOKEN_FILE", None)
         self._arguments = [
             "--data-dir",
             str(data_dir),
@@ -112,11 +114,14 @@ class RuntimeProcess:
             code = await self._process.wait()
             log.error("the runtime service ended with exit code %s; starting it again", code)
             started = loop.time()
-            self._process = await self._spawn()
             try:
+                self._process = await self._spawn()
                 await self._wait_until_ready(self._process)
                 log.info("the runtime service is back, process %d", self._process.pid)
-            except RuntimeFailed:
+            except (RuntimeFailed, OSError) as error:
+                log.error("%s", error)
+                if self._process.returncode is None:
+                    self._process.kill()  # it hangs
                 await asyncio.sleep(backoff)
             backoff = 0.1 if loop.time() - started > _MAX_BACKOFF_SECONDS else min(backoff * 2, _MAX_BACKOFF_SECONDS)
 

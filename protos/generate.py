@@ -9,6 +9,7 @@ prefix, so the imports between generated files are given it here.
 """
 
 import argparse
+import os
 import re
 import sys
 import tempfile
@@ -34,6 +35,8 @@ def generate(into: Path) -> dict[Path, bytes]:
         f"--mypy_out=quiet:{into}",
         f"--mypy_grpc_out=quiet,only_async:{into}",
     ]
+    # protoc finds its plugins on the PATH: those beside this interpreter.
+    os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
     if protoc.main(["protoc", *flags, *sources]) != 0:
         raise SystemExit("protoc failed")
     made = {path.relative_to(into): path.read_bytes() for path in into.rglob("*.py*")}

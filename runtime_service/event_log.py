@@ -24,7 +24,7 @@ from runtime_service.store.base import Change, RunStore
 BATCH_EVENTS = 1_000
 BATCH_BYTES = 1 << 20
 _TAIL_EVENTS = 1_000
-_TAIL_BYTES = 1 << 18
+_TAIL_SIZE = 1 << 18  # of content in code points and of metadata in bytes
 _VIEWS = 32
 
 
@@ -110,7 +110,7 @@ class LiveRun:
         "held",
         "last_sequence",
         "tail",
-        "tail_bytes",
+        "tail_size",
         "version",
         "views",
     )
@@ -123,7 +123,7 @@ class LiveRun:
         self.version = 0
         self.last_sequence = 0
         self.tail: deque[RunEvent] = deque()
-        self.tail_bytes = 0
+        self.tail_size = 0
         self.draft: Draft | None = None
 
     def publish(self, change: Change) -> None:
@@ -138,12 +138,12 @@ class LiveRun:
         tail = self.tail
         if tail and change.events and change.events[0].sequence != tail[-1].sequence + 1:
             tail.clear()
-            self.tail_bytes = 0
+            self.tail_size = 0
         for event in change.events:
             tail.append(event)
-            self.tail_bytes += len(event.content)
-        while len(tail) > _TAIL_EVENTS or (self.tail_bytes > _TAIL_BYTES and len(tail) > 1):
-            self.tail_bytes -= len(tail.popleft().content)
+            self.tail_size += _size(event)
+        while len(tail) > _TAIL_EVENTS or (self.tail_size > _TAIL_SIZE and len(tail) > 1):
+            self.tail_size -= _size(tail.popleft())
         self.wake()
 
     def add_follower(self, woken: asyncio.Event, *, deltas: bool) -> None:
@@ -180,6 +180,10 @@ class LiveRun:
             return ()
         skip = sequence + 1 - tail[0].sequence
         return tuple(tail) if skip == 0 else tuple(tail)[skip:]
+
+
+def _size(event: RunEvent) -> int:
+    return len(event.content) + (len(event.metadata) if event.metadata else 0)
 
 
 class EventLog:
@@ -261,9 +265,10 @@ class EventLog:
                 view = live.views.get(options.turn or 0) or await self._read_view(live, run, options.turn)
                 if self._closed:
                     raise Draining
-                # In a view of an earlier turn the log may have grown behind it.
-                end = view.last_sequence if options.turn else max(view.last_sequence, live.last_sequence)
+                # Behind the end of the caller's turn the log may have grown already: that is not for this stream.
                 over = view.status in TERMINAL or loop.time() >= deadline
+                settled = options.turn is not None and view.status in TERMINAL
+                end = view.last_sequence if settled else max(view.last_sequence, live.last_sequence)
                 if over or not options.collect:
                     while cursor < end:
                         events = live.tail_after(cursor) or tuple(

@@ -9,7 +9,8 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
-from typing import Any, assert_never
+from enum import StrEnum
+from typing import Any, TypeVar, assert_never
 
 import msgspec
 
@@ -39,6 +40,8 @@ from runtime_service.store.base import (
 )
 
 log = logging.getLogger(__name__)
+
+_Word = TypeVar("_Word", bound=StrEnum)
 
 MAX_EVENT_BYTES = 1 << 20
 _MAX_ERROR_CHARACTERS = 10_000
@@ -126,16 +129,55 @@ class Execution:
         return events
 
     async def release(self) -> None:
-        """Put the turn back into the queue; its task has ended. Without a store it is left to the next recovery."""
+        """Put the turn back into the queue, or fail it where it may not be repeated; its task has ended.
+
+        Without a store it is left to the next recovery.
+        """
         self._settling = True
         if self._flushing is not None:
             await asyncio.wait([self._flushing])
         try:
-            self._publish(await self._store.release_turn(self._key, self.take_rest()))
+            if self._server.agent.repeatable:
+                self._publish(await self._store.release_turn(self._key, self.take_rest()))
+            else:
+                error = "The runtime stopped while it executed this turn, and the turn is not begun again."
+                outcome = Outcome(RunStatus.FAILED, error=error, error_code="RUNTIME_LOST")
+                self._publish(await self._store.finish_turn(self._key, *self._failing(outcome)))
         except TurnLost:
             return
         except StoreUnavailable:
             log.warning("turn %s of %s is left as running", self.run.turn.number, self.run.id)
+
+    async def settle_outside(self, outcome: Outcome) -> None:
+        """Fail the turn for an agent that cannot do it any more; nothing happens when it is settled already."""
+        events, outcome = self._failing(outcome)
+        while True:
+            try:
+                self._publish(await self._store.finish_turn(self._key, events, outcome))
+            except TurnLost:
+                return
+            except StoreUnavailable:
+                await asyncio.sleep(_STORE_RETRY_SECONDS)
+            else:
+                return
+
+    def _failing(self, outcome: Outcome) -> tuple[list[EventDraft], Outcome]:
+        """Stop listening to the agent; return the last events of a turn that fails, and its outcome."""
+        output = self._rest()[1]
+        events = [*self.take_rest(), log_event("error", LogLevel.ERROR, outcome.error or "")]
+        return events, msgspec.structs.replace(outcome, output=output)
+
+    def timed_out(self) -> Outcome:
+        """Return the outcome of a turn that took longer than its server allows."""
+        seconds = self._server.turn_timeout_seconds
+        message = f"The turn took longer than the {seconds:g} s that the server {self._server.id!r} allows."
+        return Outcome(RunStatus.FAILED, error=message, error_code="TURN_TIMEOUT")
+
+    def unexpected(self, error: BaseException) -> Outcome:
+        """Return the outcome of a turn whose agent raised something that is not for the caller's eyes."""
+        log.error("the agent of %s failed in run %s", self.run.server_id, self.run.id, exc_info=error)
+        message = f"The agent raised {type(error).__name__}; the log of the runtime service has the details."
+        return Outcome(RunStatus.FAILED, error=message, error_code="AGENT_FAILED")
 
     # The agent
 
@@ -175,15 +217,11 @@ class Execution:
             if task is None or task.cancelling():
                 raise
             # Nobody cancelled the turn: something that the agent waited for was.
-            return _unexpected(run, error)
+            return self.unexpected(error)
         except TimeoutError as error:
-            if limit.expired():
-                seconds = server.turn_timeout_seconds
-                message = f"The turn took longer than the {seconds:g} s that the server {server.id!r} allows."
-                return Outcome(RunStatus.FAILED, error=message, error_code="TURN_TIMEOUT")
-            return _unexpected(run, error)
-        except Exception as error:  # noqa: BLE001 - the edge: whatever an agent raises is data
-            return _unexpected(run, error)
+            return self.timed_out() if limit.expired() else self.unexpected(error)
+        except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001 - whatever an agent raises is data
+            return self.unexpected(error)
         return Outcome(RunStatus.COMPLETED)
 
     async def _read_history(self) -> list[HistoryMessage]:
@@ -310,7 +348,6 @@ class Execution:
         self._settling = True
         if self._flushing is not None and self._in_flight:
             await asyncio.wait([self._flushing])
-        await self._until_unheld()
         events, last = self._last_events(outcome)
         outcome = msgspec.structs.replace(outcome, output=last)
         while True:
@@ -351,19 +388,23 @@ def _too_large() -> AgentError:
     )
 
 
-def _unexpected(run: Run, error: BaseException) -> Outcome:
-    log.error("the agent of %s failed in run %s", run.server_id, run.id, exc_info=error)
-    message = f"The agent raised {type(error).__name__}; the log of the runtime service has the details."
-    return Outcome(RunStatus.FAILED, error=message, error_code="AGENT_FAILED")
+def _known(kind: type[_Word], word: str) -> _Word:
+    """Return the enumeration's member; an agent may give it as text."""
+    try:
+        return kind(word)
+    except ValueError:
+        words = ", ".join(member.value for member in kind)
+        raise AgentError(f"The agent gave {word!r} where one of {words} belongs.", "AGENT_OUTPUT_INVALID") from None
 
 
 def _event_from(output: Message | Log | ToolCall | ToolResult) -> EventDraft:
     at = now_ms()
     match output:
         case Message(content, metadata, role):
-            return EventDraft(role, _storable(content), at, metadata=_json(metadata))
+            return EventDraft(_known(EventRole, role), _storable(content), at, metadata=_json(metadata))
         case Log(content, level, log_type, metadata):
             log_type = None if log_type is None else _storable(log_type)
+            level = _known(LogLevel, level)
             return EventDraft(EventRole.EXECUTION_LOG, _storable(content), at, log_type, level, _json(metadata))
         case ToolCall(name, arguments, call_id):
             name = _storable(name)

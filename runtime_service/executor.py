@@ -23,7 +23,7 @@ from runtime_service.errors import (
 from runtime_service.event_log import EventLog
 from runtime_service.execution import Execution
 from runtime_service.registry import Registry, Server
-from runtime_service.runs import LogLevel, Run, RunStatus
+from runtime_service.runs import TERMINAL, LogLevel, Run, RunStatus
 from runtime_service.store.base import (
     Change,
     NewRun,
@@ -64,6 +64,8 @@ class Executor:
         self._occupied = 0  # running turns, and those that are being claimed
         self._queued: Counter[str] = Counter()  # turns that wait, by run
         self._queued_total = 0
+        self._ready: set[str] = set()  # runs of which a turn waits for room only
+        self._noted = 0  # how often a run became ready
         self._queueing = 0  # turns that are being stored as queued
         self._admitting: set[asyncio.Future[Any]] = set()
         self._claiming: asyncio.Task[None] | None = None
@@ -77,6 +79,8 @@ class Executor:
             log.warning("recovered %d turns: %d queued again, %d failed", len(changes), len(changes) - lost, lost)
         self._queued.update(await self._store.queued_turns())
         self._queued_total = self._queued.total()
+        for run_id in self._queued:  # nothing is running yet
+            self._note_ready(run_id)
         self._claim_if_room()
 
     # Requests
@@ -130,7 +134,7 @@ class Executor:
             raise Draining
         if (reason := server.agent.unavailable_reason()) is not None:
             raise AgentUnavailable(reason)
-        if self._occupied < self._limits.max_turns and not self._queued_total:
+        if self._occupied < self._limits.max_turns and not self._ready:
             self._occupied += 1
             return True
         if self._queued_total + self._queueing >= self._limits.max_queued:
@@ -172,9 +176,16 @@ class Executor:
                 self._claim_if_room()
 
     def _note_queued(self, change: Change) -> None:
-        self._queued[change.run.id] += 1
+        run = change.run
+        self._queued[run.id] += 1
         self._queued_total += 1
+        if run.turn.ready:
+            self._note_ready(run.id)
         self._publish(change)
+
+    def _note_ready(self, run_id: str) -> None:
+        self._ready.add(run_id)
+        self._noted += 1
 
     # Claiming
 
@@ -183,35 +194,34 @@ class Executor:
         self._claim_if_room()
 
     def _claim_if_room(self) -> None:
-        if self._claiming is None and self._queued_total and not self._draining:
+        if self._claiming is None and self._ready and not self._draining:
             self._claiming = asyncio.create_task(self._claim())
-            self._claiming.add_done_callback(self._on_claim_end)
-
-    def _on_claim_end(self, claiming: asyncio.Task[None]) -> None:
-        self._claiming = None
-        if not claiming.cancelled() and (error := claiming.exception()) is not None:
-            log.error("claiming queued turns failed; trying again", exc_info=error)
-            asyncio.get_running_loop().call_later(_STORE_RETRY_SECONDS, self._claim_if_room)
 
     async def _claim(self) -> None:
-        while not self._draining:
-            room = min(self._limits.max_turns - self._occupied, _CLAIM_BATCH)
-            if room <= 0 or not self._queued_total:
-                return
-            self._occupied += room
-            changes: list[Change] = []
-            try:
-                changes = await self._store.claim_turns(room)
-            except StoreUnavailable:
-                await asyncio.sleep(_STORE_RETRY_SECONDS)
-                continue
-            finally:
-                self._occupied -= room - len(changes)
-            if not changes:
-                return  # what waits, waits for an earlier turn of its run
-            for change in changes:
-                self._forget_queued(change.run.id, 1)
-                self._launch(change)
+        """Claim as long as there is room and something waits for it. What comes up meanwhile is seen here, too."""
+        try:
+            while self._ready and not self._draining:
+                room = min(self._limits.max_turns - self._occupied, _CLAIM_BATCH)
+                if room <= 0:
+                    return
+                noted = self._noted
+                self._occupied += room
+                changes: list[Change] = []
+                try:
+                    changes = await self._store.claim_turns(room)
+                except StoreUnavailable:
+                    await asyncio.sleep(_STORE_RETRY_SECONDS)
+                    continue
+                finally:
+                    self._occupied -= room - len(changes)
+                for change in changes:
+                    self._ready.discard(change.run.id)
+                    self._forget_queued(change.run.id, 1)
+                    self._launch(change)
+                if not changes and noted == self._noted:
+                    return  # cancelled meanwhile; the cancel takes it off the list
+        finally:
+            self._claiming = None
 
     def _forget_queued(self, run_id: str, count: int) -> None:
         count = min(count, self._queued[run_id])
@@ -239,13 +249,26 @@ class Executor:
         execution = Execution(run, server, self._store, live, self._publish)
         self._executions[run.id] = execution
         task = self._tasks[execution] = asyncio.create_task(execution.execute())
-        task.add_done_callback(partial(self._on_end, execution))
+        # An agent that its turn's limit does not end loses the turn all the same.
+        seconds = server.turn_timeout_seconds + self._limits.cancel_grace_seconds
+        overdue = asyncio.get_running_loop().call_later(seconds, self._on_overdue, execution)
+        task.add_done_callback(partial(self._on_end, execution, overdue))
         return execution
 
-    def _on_end(self, execution: Execution, task: asyncio.Task[None]) -> None:
+    def _on_end(self, execution: Execution, overdue: asyncio.TimerHandle, task: asyncio.Task[None]) -> None:
+        overdue.cancel()
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("executing a turn of %s broke off", execution.run.id, exc_info=error)
+            self._settle_outside(execution, execution.unexpected(error))
         self._forget(execution)
+
+    def _on_overdue(self, execution: Execution) -> None:
+        self._settle_outside(execution, execution.timed_out())
+        self._end_agent(execution)
+
+    def _settle_outside(self, execution: Execution, outcome: Outcome) -> None:
+        settling = asyncio.ensure_future(execution.settle_outside(outcome))
+        self._admitting.add(settling)
+        settling.add_done_callback(self._admitting.discard)
 
     def _forget(self, execution: Execution) -> None:
         """Free the room of an execution, once: when it has ended or was given up."""
@@ -290,15 +313,20 @@ class Executor:
             if execution is not None:
                 execution.resume()
             raise
-        if change.events:
-            self._forget_queued(run_id, self._queued[run_id])
+        if not change.events:
             if execution is not None:
-                execution.take_rest()
-            self._event_log.publish_settled(change)
-            if execution is not None:
-                self._end_agent(execution)
-        elif execution is not None:
-            execution.resume()
+                execution.resume()
+            return change
+        self._ready.discard(run_id)
+        self._forget_queued(run_id, self._queued[run_id])
+        # One that was claimed while the cancel was on its way, too; but not one that came behind it.
+        ended = {execution, self._executions.get(run_id)}
+        settled = [e for e in ended if e is not None and e.run.turn.number <= change.run.last_turn]
+        for execution in settled:
+            execution.take_rest()
+        self._event_log.publish_settled(change)
+        for execution in settled:
+            self._end_agent(execution)
         return change
 
     def _end_agent(self, execution: Execution) -> None:
@@ -318,6 +346,8 @@ class Executor:
         execution = self._executions.get(change.run.id)
         if execution is not None:
             execution.log_grew(change.run.last_sequence)
+        if change.run.status in TERMINAL and change.run.turn.number < change.run.last_turn:
+            self._note_ready(change.run.id)
         self._event_log.publish(change)
 
     def _may_repeat(self, server_id: str) -> bool:

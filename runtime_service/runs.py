@@ -89,7 +89,7 @@ class Turn(msgspec.Struct, frozen=True):
     """One input and what became of it.
 
     `attempt` counts how often an agent was started on it. `epoch` goes up by one with each claim: a write under
-    an older epoch than the stored one changes nothing.
+    an older epoch than the stored one changes nothing. `ready`: no earlier turn of the run is open.
     """
 
     number: int
@@ -105,6 +105,7 @@ class Turn(msgspec.Struct, frozen=True):
     completed_at_ms: int | None = None
     attempt: int = 0
     epoch: int = 0
+    ready: bool = True
 
 
 class Run(msgspec.Struct, frozen=True):

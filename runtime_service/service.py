@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import grpc
 import msgspec
 
+from protos.acp.runs.v1 import run_pb2 as pb
 from protos.acp.runs.v1 import run_service_pb2 as rpc
 from protos.acp.runs.v1 import run_service_pb2_grpc
 from runtime_service.convert import (
@@ -21,7 +22,7 @@ from runtime_service.errors import InvalidRequest
 from runtime_service.event_log import BATCH_BYTES, BATCH_EVENTS, EventLog, FollowOptions, Update
 from runtime_service.executor import Executor
 from runtime_service.registry import Registry, Server
-from runtime_service.runs import TERMINAL, Run, RunMode, new_run_id, now_ms
+from runtime_service.runs import TERMINAL, Run, RunMode, RunStatus, new_run_id, now_ms
 from runtime_service.store.base import Change, NewRun, NewTurn, RunStore
 from runtime_service.validation import RequestLimits, checked_input, checked_metadata, checked_title
 
@@ -122,7 +123,7 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
         page = await self._store.list_runs(
             server.organization,
             server.id,
-            status=run_status(request.status),
+            status=_checked_status(request.status),
             token=request.page_token or None,
             limit=_page_size(request.page_size, _DEFAULT_PAGE, _MAX_PAGE),
         )
@@ -209,6 +210,13 @@ def _page_size(asked: int, default: int, most: int) -> int:
     if asked < 0:
         raise InvalidRequest("page_size", "must not be negative")
     return min(asked or default, most)
+
+
+def _checked_status(status: "pb.RunStatus.ValueType") -> RunStatus | None:
+    known = run_status(status)
+    if known is None and status != pb.RUN_STATUS_UNSPECIFIED:
+        raise InvalidRequest("status", "is not a status that is known here")
+    return known
 
 
 def _checked_after(sequence: int) -> int:

@@ -135,9 +135,19 @@ class RunStore(Protocol):
         """Return a run showing its latest turn, or `turn`. Raises RunNotFound."""
 
     async def list_runs(
-        self, organization: str, server_id: str, *, status: RunStatus | None, token: str | None, limit: int
+        self,
+        organization: str,
+        server_id: str,
+        *,
+        status: RunStatus | None,
+        token: str | None,
+        limit: int,
+        limit_characters: int = 1 << 20,
     ) -> RunPage:
-        """Return a page of runs, newest first. Raises InvalidRequest for a token that is not ours."""
+        """Return a page of runs, newest first. Raises InvalidRequest for a token that is not ours.
+
+        At most `limit`, and no more once what they hold passes `limit_characters`, but at least one.
+        """
 
     async def read_events(self, run_id: str, after: int, limit: int, limit_bytes: int) -> list[RunEvent]:
         """Return the events after a sequence, in order, at least one where there is one.

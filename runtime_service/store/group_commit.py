@@ -9,6 +9,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -145,4 +146,5 @@ def _commit(connection: apsw.Connection, batch: list[_Asked]) -> None:
 
 def _roll_back(connection: apsw.Connection) -> None:
     if connection.in_transaction:
-        connection.execute("ROLLBACK")
+        with suppress(apsw.Error):  # the file is out of reach; what is asked for next finds that out
+            connection.execute("ROLLBACK")

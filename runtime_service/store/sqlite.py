@@ -131,10 +131,19 @@ class SQLiteStore:
         )
 
     async def list_runs(
-        self, organization: str, server_id: str, *, status: RunStatus | None, token: str | None, limit: int
+        self,
+        organization: str,
+        server_id: str,
+        *,
+        status: RunStatus | None,
+        token: str | None,
+        limit: int,
+        limit_characters: int = 1 << 20,
     ) -> RunPage:
         """Return a page of runs, newest first."""
-        return await self._read(lambda db: rows.list_runs(db, organization, server_id, status, token, limit))
+        return await self._read(
+            lambda db: rows.list_runs(db, organization, server_id, status, token, limit, limit_characters)
+        )
 
     async def read_events(self, run_id: str, after: int, limit: int, limit_bytes: int) -> list[RunEvent]:
         """Return the events after a sequence."""
@@ -176,13 +185,16 @@ def _lock(path: Path) -> int:
 def _connect(path: Path, *, readonly: bool = False) -> apsw.Connection:
     flags = apsw.SQLITE_OPEN_READONLY if readonly else apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE
     try:
+        if not readonly:
+            # What runs hold is for their owner alone; SQLite gives its other files the mode of the first.
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         connection = apsw.Connection(str(path), flags=flags, statementcachesize=64)
         connection.set_busy_timeout(5_000)
         if not readonly:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA cache_size = -16000")
-    except apsw.Error as error:
+    except (apsw.Error, OSError) as error:
         raise StoreUnavailable(f"{path} cannot be opened as the run store: {error}.") from error
     return connection
 

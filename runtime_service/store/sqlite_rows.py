@@ -45,7 +45,7 @@ def run_at_turn(db: apsw.Connection, key: int, turn: int | None = None) -> Run:
 
 
 def run_from_row(row: tuple[Any, ...]) -> Run:
-    """Return the run of a row: ten columns of the run, thirteen of the turn."""
+    """Return the run of a row: ten columns of the run, fourteen of the turn."""
     turn = Turn(
         number=row[10],
         status=_STATUSES[row[11]],
@@ -60,6 +60,7 @@ def run_from_row(row: tuple[Any, ...]) -> Run:
         completed_at_ms=row[20],
         attempt=row[21],
         epoch=row[22],
+        ready=bool(row[23]),
     )
     return Run(row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7], turn, row[8], row[9])
 
@@ -76,6 +77,7 @@ def list_runs(
     status: RunStatus | None,
     token: str | None,
     limit: int,
+    limit_characters: int,
 ) -> RunPage:
     """Return a page of runs, newest first. Raises InvalidRequest for a token that is not ours."""
     before = 2**63 - 1
@@ -86,8 +88,16 @@ def list_runs(
         before = int(key)
     bindings = (organization, server_id, before, limit + 1)
     rows = list(db.execute(QUERIES["list_runs"] if status is None else _LIST_BY_STATUS[status], bindings))
-    runs = [run_from_row(row) for row in rows[:limit]]
-    return RunPage(runs, runs[-1].id if len(rows) > limit else None)
+    runs: list[Run] = []
+    size = 0
+    for row in rows[:limit]:
+        run = run_from_row(row)
+        size += len(run.turn.input) + len(run.turn.output or "") + len(run.turn.metadata or b"")
+        size += len(run.thread_metadata or b"")
+        if size > limit_characters and runs:
+            break
+        runs.append(run)
+    return RunPage(runs, runs[-1].id if len(rows) > len(runs) else None)
 
 
 def read_events(db: apsw.Connection, run_id: str, after: int, limit: int, limit_bytes: int) -> list[RunEvent]:

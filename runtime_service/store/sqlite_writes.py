@@ -4,6 +4,7 @@ Each raises an exception of its own only before it has changed anything (see `gr
 """
 
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any
 
 import apsw
@@ -66,6 +67,7 @@ def continue_run(db: apsw.Connection, new: NewTurn, claim: bool) -> Change:
         metadata=run.turn.metadata if new.metadata is None else new.metadata,
         attempt=int(claim),
         epoch=int(claim),
+        ready=run.status in TERMINAL,
     )
     events = place_events([user_event(new)], turn.number, turn.first_sequence)
     execute(db, "open_next_turn", (key, new.created_at_ms, turn.status))
@@ -93,6 +95,8 @@ def finish_turn(db: apsw.Connection, key: TurnKey, events: Sequence[EventDraft],
     at = now_ms()
     row = _extend_log(db, "extend_log_and_settle", key, events, at, outcome.status)
     turn = _settle_turn(db, row[10], key.turn, outcome, at)
+    if row[7] > key.turn:
+        execute(db, "make_ready", (row[10], key.turn + 1))
     return Change(run_from_row((*row[:10], *turn)), _place(db, row, key, events))
 
 
@@ -112,7 +116,7 @@ def cancel_run(db: apsw.Connection, key: int, events: Sequence[EventDraft], outp
         return Change(run)
     at = now_ms()
     # The earliest open turn is the one that may be running; the rest of the log belongs to it.
-    numbers = [number for (number,) in execute(db, "open_turns_of_run", (key,))]
+    numbers = _open_turns(db, key)
     drafts = [*events, log_event("cancelled", LogLevel.WARN, "The run was cancelled.")]
     for number in numbers:
         execute(db, "take_turn_away", (key, number))
@@ -120,6 +124,11 @@ def cancel_run(db: apsw.Connection, key: int, events: Sequence[EventDraft], outp
         _settle_turn(db, key, number, Outcome(RunStatus.CANCELLED, output=said), at)
     change = _write_behind(db, key, run, numbers[0], drafts, RunStatus.CANCELLED, at)
     return Change(run_at_turn(db, key), change.events)
+
+
+def _open_turns(db: apsw.Connection, key: int) -> list[int]:
+    turns = execute(db, "turns_of_run", (key,))
+    return [number for number, _ in takewhile(lambda turn: turn[1] not in TERMINAL, turns)][::-1]
 
 
 def claim_turns(db: apsw.Connection, limit: int) -> list[Change]:
@@ -157,6 +166,7 @@ def recover(db: apsw.Connection, max_attempts: int, may_repeat: Callable[[str], 
             events.append(log_event("runtime_lost", LogLevel.ERROR, error))
             status = RunStatus.FAILED
             _settle_turn(db, key, number, Outcome(status, draft, error, "RUNTIME_LOST"), at)
+            execute(db, "make_ready", (key, number + 1))
         if number != run.last_turn:
             status = run_at_turn(db, key).status
         changes.append(_write_behind(db, key, run, number, events, status, at))
@@ -228,6 +238,7 @@ def _insert_turn(db: apsw.Connection, key: int, turn: Turn) -> None:
             turn.metadata,
             turn.attempt,
             turn.epoch,
+            turn.ready,
         ),
     )
 

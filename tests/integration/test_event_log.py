@@ -281,6 +281,53 @@ def test_follower_of_a_settled_run_replays_and_ends(tmp_path: Path, after: int) 
     run_async(main())
 
 
+def test_events_of_a_running_turn_come_while_the_next_one_waits(tmp_path: Path) -> None:
+    """A follower of the run, which shows the waiting turn, gets what the running one says at once."""
+
+    async def main() -> None:
+        async with story(tmp_path) as tale:
+            run = await tale.start()
+            async with aclosing(tale.log.follow(run, 0, FollowOptions())) as updates:
+                assert sequences([await anext(updates)]) == [1]
+                await tale.resume("waits")
+                assert sequences([await anext(updates)]) == [2]
+                for sequence in (3, 4, 5):
+                    await tale.say("x")
+                    assert sequences([await anext(updates)]) == [sequence]
+
+    run_async(main())
+
+
+@pytest.mark.parametrize("turn", [None, 1])
+def test_end_that_comes_while_the_run_is_being_read_is_not_overlooked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turn: int | None
+) -> None:
+    """What was read before a change does not take the place of the change."""
+    get_run = SQLiteStore.get_run
+    reading, go = asyncio.Event(), asyncio.Event()
+
+    async def slow(self: SQLiteStore, organization: str, server_id: str, run_id: str, turn: int | None = None) -> Run:
+        run = await get_run(self, organization, server_id, run_id, turn)
+        reading.set()
+        await go.wait()
+        return run
+
+    async def main() -> None:
+        async with story(tmp_path) as tale:
+            run = await tale.start()
+            monkeypatch.setattr(SQLiteStore, "get_run", slow)
+            following = [asyncio.create_task(follow(tale.log, run, 0, FollowOptions(turn=turn))) for _ in range(2)]
+            await reading.wait()
+            await tale.say("a")
+            await tale.finish("b")
+            go.set()
+            for updates in await asyncio.gather(*following):
+                assert sequences(updates) == [1, 2, 3]
+                assert updates[-1].run == tale.run
+
+    run_async(main())
+
+
 def test_turn_follower_ends_with_its_turn(tmp_path: Path) -> None:
     """The next turn, queued by then, is none of it; a follower of the run goes on to that one's end."""
 

@@ -24,6 +24,7 @@ from runtime_service.agents import AgentError, AgentOutput, Delta, Message, Turn
 from runtime_service.config import RuntimeConfig, SettingError
 from runtime_service.errors import StoreUnavailable
 from runtime_service.executor import ExecutorLimits
+from runtime_service.runs import Run, RunStatus
 from runtime_service.server import RuntimeServer
 from runtime_service.store.sqlite import SQLiteStore
 from runtime_service.validation import RequestLimits
@@ -569,6 +570,31 @@ def test_list_run_events_waits_for_the_next_one(service: Service) -> None:
         page = await waiting
         assert [event.content for event in page.events] == ["re: hi"]
         assert page.run.last_sequence >= 3
+
+    service.run(check)
+
+
+def test_page_of_events_does_not_run_ahead_of_its_run(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events that are stored between reading the run and reading its log are left to the next page."""
+    get_run = SQLiteStore.get_run
+
+    async def overtaken(store: SQLiteStore, *names: Any) -> Run:
+        before = await get_run(store, *names)
+        gate[-1].set()
+        while (await get_run(store, *names)).status is RunStatus.RUNNING:
+            await asyncio.sleep(0)
+        return before
+
+    async def check(client: Client) -> None:
+        run = await client.start("hi", "gated")
+        await client.until_said(run, 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(SQLiteStore, "get_run", overtaken)
+            page = await client.events(run)
+        assert (page.run.status, page.run.last_sequence, page.has_more) == (pb.RUN_STATUS_RUNNING, 2, False)
+        assert [event.sequence for event in page.events] == [1, 2]
+        page = await client.events(run, after_sequence=2)
+        assert [event.sequence for event in page.events] == [3]
 
     service.run(check)
 

@@ -7,8 +7,9 @@ INSERT INTO runs (id, organization, server_id, title, thread_metadata, created_a
 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?6, 1, 1, 1, ?7)
 
 -- name: insert_turn
-INSERT INTO turns (run_key, number, status, mode, input, first_sequence, created_at_ms, metadata, attempt, epoch)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+INSERT INTO turns (run_key, number, status, mode, input, first_sequence, created_at_ms, metadata, attempt, epoch,
+                   ready)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 
 -- name: insert_event
 INSERT INTO events (run_key, sequence, turn, role, content, created_at_ms, log_type, log_level, metadata)
@@ -40,7 +41,7 @@ RETURNING id, organization, server_id, created_at_ms, updated_at_ms, message_cou
 UPDATE turns SET status = ?3, output = ?4, error = ?5, error_code = ?6, completed_at_ms = ?7, draft = NULL
 WHERE run_key = ?1 AND number = ?2
 RETURNING number, status, mode, input, first_sequence, created_at_ms, output, error, error_code, metadata, completed_at_ms,
-          attempt, epoch
+          attempt, epoch, ready
 
 -- name: requeue_turn
 UPDATE turns SET status = 'queued', attempt = ?3, epoch = epoch + 1, draft = NULL
@@ -66,17 +67,18 @@ UPDATE runs SET last_sequence = ?2, message_count = ?3, updated_at_ms = ?4, stat
 -- name: claimable_turns
 -- Queued turns in the order of their acceptance, without those that wait for an earlier turn of their run.
 SELECT run_key, number FROM turns
-WHERE status = 'queued' AND NOT EXISTS (
-    SELECT 1 FROM turns AS earlier
-    WHERE earlier.run_key = turns.run_key AND earlier.number < turns.number
-      AND earlier.status IN ('queued', 'running'))
-ORDER BY created_at_ms, run_key LIMIT ?1
+WHERE status = 'queued' AND ready = 1 ORDER BY created_at_ms, run_key LIMIT ?1
+
+-- name: make_ready
+-- The turn behind one that was settled waits for room only.
+UPDATE turns SET ready = 1 WHERE run_key = ?1 AND number = ?2 AND status = 'queued'
 
 -- name: running_turns
 SELECT run_key, number FROM turns WHERE status = 'running' ORDER BY run_key, number
 
--- name: open_turns_of_run
-SELECT number FROM turns WHERE run_key = ?1 AND status IN ('queued', 'running') ORDER BY number
+-- name: turns_of_run
+-- Newest first, for a reader that stops at the first settled one: those before it are settled, too.
+SELECT number, status FROM turns WHERE run_key = ?1 ORDER BY number DESC
 
 -- name: queued_turns
 SELECT runs.id, count(*) FROM turns JOIN runs ON runs.run_key = turns.run_key
@@ -89,7 +91,7 @@ SELECT run_key FROM runs WHERE id = ?1 AND organization = ?2 AND server_id = ?3
 SELECT runs.id, organization, server_id, runs.created_at_ms, updated_at_ms, message_count, last_sequence, last_turn,
        title, thread_metadata,
        number, turns.status, mode, input, first_sequence, turns.created_at_ms, output, error, error_code, metadata,
-       completed_at_ms, attempt, epoch
+       completed_at_ms, attempt, epoch, ready
 FROM runs JOIN turns ON turns.run_key = runs.run_key AND number = coalesce(?2, last_turn)
 WHERE runs.run_key = ?1
 
@@ -100,7 +102,7 @@ SELECT draft FROM turns WHERE run_key = ?1 AND number = ?2
 SELECT runs.id, organization, server_id, runs.created_at_ms, updated_at_ms, message_count, last_sequence, last_turn,
        title, thread_metadata,
        number, turns.status, mode, input, first_sequence, turns.created_at_ms, output, error, error_code, metadata,
-       completed_at_ms, attempt, epoch
+       completed_at_ms, attempt, epoch, ready
 FROM runs JOIN turns ON turns.run_key = runs.run_key AND number = last_turn
 WHERE organization = ?1 AND server_id = ?2 AND runs.run_key < ?3
 ORDER BY runs.run_key DESC LIMIT ?4
@@ -110,7 +112,7 @@ ORDER BY runs.run_key DESC LIMIT ?4
 SELECT runs.id, organization, server_id, runs.created_at_ms, updated_at_ms, message_count, last_sequence, last_turn,
        title, thread_metadata,
        number, turns.status, mode, input, first_sequence, turns.created_at_ms, output, error, error_code, metadata,
-       completed_at_ms, attempt, epoch
+       completed_at_ms, attempt, epoch, ready
 FROM runs JOIN turns ON turns.run_key = runs.run_key AND number = last_turn
 WHERE organization = ?1 AND server_id = ?2 AND runs.run_key < ?3 AND runs.status = '{status}'
 ORDER BY runs.run_key DESC LIMIT ?4
@@ -120,14 +122,14 @@ ORDER BY runs.run_key DESC LIMIT ?4
 SELECT runs.id, organization, server_id, runs.created_at_ms, updated_at_ms, message_count, last_sequence, last_turn,
        title, thread_metadata,
        number, turns.status, mode, input, first_sequence, turns.created_at_ms, output, error, error_code, metadata,
-       completed_at_ms, attempt, epoch
+       completed_at_ms, attempt, epoch, ready
 FROM turns INDEXED BY turns_open CROSS JOIN runs ON turns.run_key = runs.run_key AND number = last_turn
 WHERE turns.status = '{status}' AND organization = ?1 AND server_id = ?2 AND runs.run_key < ?3
 ORDER BY runs.run_key DESC LIMIT ?4
 
 -- name: turn
 SELECT number, status, mode, input, first_sequence, created_at_ms, output, error, error_code, metadata, completed_at_ms,
-       attempt, epoch
+       attempt, epoch, ready
 FROM turns WHERE run_key = ?1 AND number = ?2
 
 -- name: events_after

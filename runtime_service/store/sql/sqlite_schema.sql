@@ -37,11 +37,12 @@ CREATE TABLE turns (
     completed_at_ms  INTEGER,
     attempt          INTEGER NOT NULL,
     epoch            INTEGER NOT NULL,
+    ready            INTEGER NOT NULL,  -- no earlier turn of the run is open
     draft            TEXT,  -- the text so far of the message in the making
     PRIMARY KEY (run_key, number)
 ) STRICT, WITHOUT ROWID;
 
-CREATE INDEX turns_open ON turns (status, created_at_ms, run_key, number)
+CREATE INDEX turns_open ON turns (status, ready, created_at_ms, run_key, number)
     WHERE status = 'queued' OR status = 'running';
 
 CREATE TABLE events (
