@@ -946,3 +946,25 @@ def test_every_refusal_of_a_store_is_a_domain_error() -> None:
     """Callers need to know no database to handle what a store raises."""
     for kind in (InvalidRequest, RunNotFound, StoreUnavailable):
         assert issubclass(kind, RunServiceError)
+
+
+def test_page_of_runs_ends_by_size(stores: Stores) -> None:
+    """A page stops before what its runs hold is too much, and the next one goes on behind it."""
+
+    async def main() -> None:
+        async with stores.open() as store:
+            started = [await store.start_run(new_run("x" * 1_000), claim=True) for _ in range(5)]
+            seen: list[str] = []
+            token = None
+            while True:
+                page = await store.list_runs(
+                    ORGANIZATION, SERVER, status=None, token=token, limit=50, limit_characters=2_500
+                )
+                assert 1 <= len(page.runs) <= 2
+                seen += [run.id for run in page.runs]
+                token = page.next_token
+                if token is None:
+                    break
+            assert seen == [change.run.id for change in reversed(started)]
+
+    run_async(main())
