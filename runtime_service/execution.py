@@ -47,6 +47,7 @@ MAX_EVENT_BYTES = 1 << 20
 _MAX_ERROR_CHARACTERS = 10_000
 _MAX_UNSTORED_OUTPUTS = 500
 _MAX_PENDING_BYTES = 1 << 20
+_YIELD_SECONDS = 0.001
 _DRAFT_SECONDS = 1.0
 _HISTORY_MESSAGES = 1_000
 _STORE_RETRY_SECONDS = 1.0
@@ -235,6 +236,8 @@ class Execution:
         if self._lost:
             raise TurnLost
         if isinstance(output, Delta):
+            if not output.text:
+                return
             draft = self._draft
             if draft is None:
                 draft = self._begin_draft()
@@ -331,7 +334,9 @@ class Execution:
         """Wait until what was pending is stored; let others run."""
         await self._until_unheld()
         self._begin_flush()
-        await asyncio.sleep(0)
+        if self._flushing is None:
+            # Not zero: the threads of the store get a chance, too.
+            await asyncio.sleep(_YIELD_SECONDS)
         while self._flushing is not None:
             await asyncio.wait([self._flushing])
         await self._until_unheld()

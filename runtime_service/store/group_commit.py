@@ -23,6 +23,7 @@ _T = TypeVar("_T")
 _Write = Callable[[apsw.Connection], Any]
 
 _MAX_BATCH = 256
+_BUSY_MS = 1_000
 
 
 class _Asked:
@@ -46,6 +47,8 @@ class GroupCommitWriter:
 
     def __init__(self, connection: apsw.Connection) -> None:
         self._connection = connection
+        # On the loop nobody waits for a lock that another process holds; the thread, which tries again, does.
+        connection.set_busy_timeout(0)
         self._loop = asyncio.get_running_loop()
         self._waiting: list[_Asked] = []
         self._busy = False  # a batch is being committed, or about to be written
@@ -132,6 +135,7 @@ def _commit(connection: apsw.Connection, batch: list[_Asked]) -> None:
             return
         except apsw.Error:
             _roll_back(connection)
+    connection.set_busy_timeout(_BUSY_MS)
     for asked in batch:
         try:
             _write(connection, [asked])
@@ -142,6 +146,7 @@ def _commit(connection: apsw.Connection, batch: list[_Asked]) -> None:
             asked.result = error
             if isinstance(error, apsw.Error):
                 asked.result = StoreUnavailable("The store does not take writes at the moment; nothing was changed.")
+    connection.set_busy_timeout(0)
 
 
 def _roll_back(connection: apsw.Connection) -> None:

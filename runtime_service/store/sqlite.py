@@ -31,6 +31,7 @@ from runtime_service.store.group_commit import GroupCommitWriter
 
 SCHEMA_VERSION = 1
 _READERS = 2
+_BUSY_MS = 5_000
 
 _T = TypeVar("_T")
 
@@ -189,7 +190,7 @@ def _connect(path: Path, *, readonly: bool = False) -> apsw.Connection:
             # What runs hold is for their owner alone; SQLite gives its other files the mode of the first.
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         connection = apsw.Connection(str(path), flags=flags, statementcachesize=64)
-        connection.set_busy_timeout(5_000)
+        connection.set_busy_timeout(_BUSY_MS)
         if not readonly:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")

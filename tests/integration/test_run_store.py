@@ -837,7 +837,7 @@ def test_sqlite_that_takes_no_writes_is_store_unavailable(
                 case "commit":
                     disk.refuse = 5
                 case "locked":
-                    writer.set_busy_timeout(1)
+                    monkeypatch.setattr("runtime_service.store.group_commit._BUSY_MS", 1)
             lock = write_lock(file.path) if failure == "locked" else None
             if lock is not None:
                 lock.__enter__()
