@@ -50,7 +50,7 @@ protos: $(VENV)/.check ## Generate Python and type stubs from protos/
 	$(BIN)/python protos/generate.py
 
 bench: $(VENV)/.test ## Measure against the floor, print the table, write benchmarks/RESULTS.md
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks all --full
 
 format: $(VENV)/.check ## Format the code
 	$(BIN)/ruff format .

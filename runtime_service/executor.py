@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 _CLAIM_BATCH = 64
 _STORE_RETRY_SECONDS = 1.0
+_ADMITTING_SECONDS = 10.0
 
 
 class ExecutorLimits(msgspec.Struct, frozen=True):
@@ -113,7 +114,7 @@ class Executor:
         """Take no more work, give running turns the grace period, put the rest back into the queue."""
         self._draining = True
         if self._admitting:
-            await asyncio.wait(self._admitting)
+            await asyncio.wait(self._admitting, timeout=_ADMITTING_SECONDS)
         if self._claiming is not None:
             await asyncio.wait([self._claiming])
         if self._tasks:
