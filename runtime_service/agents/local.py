@@ -46,6 +46,7 @@ class LocalOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_tokens: Annotated[int, msgspec.Meta(ge=1)] = 512
     temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] = 0.2
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.9
+    repeat_penalty: Annotated[float, msgspec.Meta(ge=1, le=2)] = 1.1
     seed: Annotated[int, msgspec.Meta(ge=0, lt=2**32)] | None = None
 
     def __post_init__(self) -> None:
@@ -133,6 +134,8 @@ class LocalAgent(Agent):
             "max_tokens": options.max_tokens,
             "temperature": options.temperature,
             "top_p": options.top_p,
+            # Without it a small model that has said a sentence twice says it for ever.
+            "repeat_penalty": options.repeat_penalty,
         }
         if options.seed is not None:
             request["seed"] = options.seed
