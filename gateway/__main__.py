@@ -11,11 +11,13 @@ import json
 import secrets
 import signal
 import sys
+import tomllib
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, cast
+from urllib.parse import quote
 
 import msgspec
 import typer
@@ -257,7 +259,7 @@ async def _up(
         runtime = starting.result()
 
         gateway = await stack.enter_async_context(Gateway(msgspec.structs.replace(config, grpc_target=runtime.target)))
-        print(_banner(gateway.url, key, servers is None), flush=True)
+        print(_banner(gateway.url, key, _first_server(servers)), flush=True)
         _write_ready(
             ready_file,
             url=gateway.url,
@@ -329,8 +331,18 @@ def _kept_secret(path: Path, make: Callable[[], str]) -> str:
     return path.read_text().strip()
 
 
-def _banner(url: str, key: str, built_in: bool) -> str:
-    server = "assistant" if built_in else "SERVER"
+def _first_server(servers: Path | None) -> str:
+    """Return a server that the key may start runs on, for the curl line."""
+    if servers is None:
+        return "assistant"
+    # The runtime service has read the file by now, and found it good.
+    for name, table in tomllib.loads(servers.read_text("utf-8"))["servers"].items():
+        if table["kind"] == "agent_runtime" and table.get("organization", "default") == "default":
+            return quote(name, safe="")
+    return "SERVER"
+
+
+def _banner(url: str, key: str, server: str) -> str:
     return f"""
 The ACP gateway is up.
 

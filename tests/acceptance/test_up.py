@@ -70,6 +70,7 @@ def test_banner_says_how_to_call(shared: Up) -> None:
     assert f"Base URL  {shared.url}\n" in banner
     assert f"API key   {shared.key}\n" in banner
     assert f"curl -s {shared.url}/v1/servers/" in banner
+    assert "/SERVER/" not in banner
 
 
 def test_secrets_are_for_this_user_alone(shared: Up) -> None:
