@@ -225,7 +225,6 @@ class KeyRing:
         path: Path | None,
         *,
         literal_key: str | None = None,
-        literal_key_organization: str = "default",
         check_interval_seconds: float = 1.0,
         now: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
@@ -235,7 +234,7 @@ class KeyRing:
         self._now = now
         self._monotonic = monotonic
         self._literal_digest = None if literal_key is None else _literal_digest(literal_key)
-        self._literal_caller = Caller(_LITERAL_KEY_ID, literal_key_organization, frozenset(("*",)))
+        self._literal_caller = Caller(_LITERAL_KEY_ID, "default", frozenset(("*",)))
         self._known: dict[str, _Known] = {}
         self._version: tuple[int, int, int] | None = None
         self._next_check = self._monotonic() + check_interval_seconds

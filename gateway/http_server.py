@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Final, cast
 
 from aiohttp import web
-from aiohttp.abc import AbstractAccessLogger
 from aiohttp.http_exceptions import LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD
-from aiohttp.web_log import AccessLogger
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
 from gateway.errors import ApiError
@@ -72,13 +70,11 @@ class GatewayRunner(web.AppRunner):
         limits: HttpLimits = DEFAULT_LIMITS,
         *,
         shutdown_timeout_seconds: float = 60.0,
-        access_log_class: type[AbstractAccessLogger] | None = None,
     ) -> None:
         super().__init__(
             app,
             shutdown_timeout=shutdown_timeout_seconds,
-            access_log_class=access_log_class or AccessLogger,
-            access_log=None if access_log_class is None else logging.getLogger("gateway.access"),
+            access_log=None,
             logger=_LOG,
             keepalive_timeout=limits.keepalive_timeout_seconds,
             lingering_time=limits.lingering_seconds,

@@ -120,14 +120,12 @@ class Execution:
 
     def take_rest(self) -> list[EventDraft]:
         """Stop listening to the agent; return what is not stored yet."""
+        return self._stop_listening()[0]
+
+    def _stop_listening(self) -> tuple[list[EventDraft], str | None]:
         self._lost = True
         self._unheld.set()
-        events, _ = self._rest()
-        self._take_pending()
-        if self._draft is not None:
-            self._draft = None
-            self._live.show_draft(None)
-        return events
+        return self._take_all()
 
     async def release(self) -> None:
         """Put the turn back into the queue, or fail it where it may not be repeated; its task has ended.
@@ -164,8 +162,8 @@ class Execution:
 
     def _failing(self, outcome: Outcome) -> tuple[list[EventDraft], Outcome]:
         """Stop listening to the agent; return the last events of a turn that fails, and its outcome."""
-        output = self._rest()[1]
-        events = [*self.take_rest(), log_event("error", LogLevel.ERROR, outcome.error or "")]
+        events, output = self._stop_listening()
+        events.append(log_event("error", LogLevel.ERROR, outcome.error or ""))
         return events, msgspec.structs.replace(outcome, output=output)
 
     def timed_out(self) -> Outcome:
@@ -251,9 +249,7 @@ class Execution:
         event = _event_from(output)
         self._append(event)
         if isinstance(output, Message):
-            if self._draft is not None:
-                self._draft = None
-                self._live.show_draft(None)
+            self._drop_draft()
             if output.role is EventRole.ASSISTANT:
                 self._output = event.content
         if self._draft is not None:
@@ -279,6 +275,11 @@ class Execution:
         if self._draft_timer is None:
             self._draft_timer = self._loop.call_later(_DRAFT_SECONDS, self._save_draft)
         return draft
+
+    def _drop_draft(self) -> None:
+        if self._draft is not None:
+            self._draft = None
+            self._live.show_draft(None)
 
     def _place_draft(self, draft: Draft) -> None:
         draft.sequence = self._last_sequence + self._in_flight + len(self._pending) + 1
@@ -353,7 +354,9 @@ class Execution:
         self._settling = True
         if self._flushing is not None and self._in_flight:
             await asyncio.wait([self._flushing])
-        events, last = self._last_events(outcome)
+        events, last = self._take_all()
+        if outcome.error is not None:
+            events.append(log_event("error", LogLevel.ERROR, outcome.error))
         outcome = msgspec.structs.replace(outcome, output=last)
         while True:
             await self._until_unheld()
@@ -364,22 +367,19 @@ class Execution:
                 await asyncio.sleep(_STORE_RETRY_SECONDS)
         self._publish(change)
 
-    def _last_events(self, outcome: Outcome) -> tuple[list[EventDraft], str | None]:
-        events, output = self._rest()
-        self._take_pending()
-        if self._draft is not None:
-            self._draft = None
-            self._live.show_draft(None)
-        if outcome.error is not None:
-            events.append(log_event("error", LogLevel.ERROR, outcome.error))
-        return events, output
-
     def _rest(self) -> tuple[list[EventDraft], str | None]:
         """Return what the agent has said and the store has not, a half message included, and the turn's output."""
         if self._draft is None:
             return list(self._pending), self._output
         text = self._draft.text
         return [*self._pending, incomplete_event(text)], text
+
+    def _take_all(self) -> tuple[list[EventDraft], str | None]:
+        """Return what `_rest` does, and keep nothing of it."""
+        events, output = self._rest()
+        self._take_pending()
+        self._drop_draft()
+        return events, output
 
     def _take_pending(self) -> list[EventDraft]:
         events, self._pending = self._pending, []

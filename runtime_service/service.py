@@ -1,6 +1,6 @@
 """RunService: protobuf in, protobuf out. Policy is in the executor, rules in `validation`."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any, TypeAlias
 
@@ -67,10 +67,8 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
         options = _turn_options(request.stream)
         with self._event_log.held(new.id):
             change = await self._executor.start_run(new, server)
-            async with aclosing(self._follow_turn(change, new.mode, options)) as updates:
-                async for update in updates:
-                    message = update_message(change.run, update, server.agent.session_protocol)
-                    await context.write(rpc.StartRunResponse(update=message))
+            updates = self._follow_turn(change, new.mode, options)
+            await _send(context, rpc.StartRunResponse, change.run, updates, server)
 
     async def ContinueRun(  # type: ignore[override]
         self, request: rpc.ContinueRunRequest, context: _Context
@@ -89,10 +87,8 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
         options = _turn_options(request.stream)
         with self._event_log.held(new.run_id):
             change = await self._executor.continue_run(new, server)
-            async with aclosing(self._follow_turn(change, new.mode, options)) as updates:
-                async for update in updates:
-                    message = update_message(change.run, update, server.agent.session_protocol)
-                    await context.write(rpc.ContinueRunResponse(update=message))
+            updates = self._follow_turn(change, new.mode, options)
+            await _send(context, rpc.ContinueRunResponse, change.run, updates, server)
 
     async def WatchRun(self, request: rpc.WatchRunRequest, context: _Context) -> None:  # type: ignore[override]
         """Replay after a sequence, then follow."""
@@ -106,10 +102,8 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
             wait_seconds=_wait_seconds(request.stream.wait_ms, "stream.wait_ms"),
         )
         after = _checked_after(request.after_sequence)
-        async with aclosing(self._event_log.follow(run, after, options)) as updates:
-            async for update in updates:
-                message = update_message(run, update, server.agent.session_protocol)
-                await context.write(rpc.WatchRunResponse(update=message))
+        updates = self._event_log.follow(run, after, options)
+        await _send(context, rpc.WatchRunResponse, run, updates, server)
 
     async def GetRun(self, request: rpc.GetRunRequest, context: _Context) -> rpc.GetRunResponse:
         """Return one run."""
@@ -189,6 +183,16 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
 async def _accepted(change: Change) -> AsyncGenerator[Update]:
     # As it was accepted, queued or running, also when it has ended since.
     yield Update(change.run, change.events)
+
+
+async def _send(
+    context: _Context, response: Callable[..., Any], run: Run, updates: AsyncGenerator[Update], server: Server
+) -> None:
+    """Write the updates of a run, each in a `response`."""
+    async with aclosing(updates):
+        async for update in updates:
+            message = update_message(run, update, server.agent.session_protocol)
+            await context.write(response(update=message))
 
 
 def _turn_options(stream: rpc.StreamOptions) -> FollowOptions:
