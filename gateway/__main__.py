@@ -86,6 +86,13 @@ WriteSeconds = Annotated[
 MaxConnections = Annotated[
     int, typer.Option(envvar="ACP_MAX_CONNECTIONS", help="Most connections at once; past it, 503.")
 ]
+MaxCalls = Annotated[
+    int, typer.Option(envvar="ACP_MAX_CALLS", help="Most requests under way at the runtime service; past it, 503.")
+]
+Reconnect = Annotated[
+    float,
+    typer.Option(envvar="ACP_RECONNECT_SECONDS", help="Time for a runtime service to come back; then 503."),
+]
 Heartbeat = Annotated[
     float,
     typer.Option(envvar="ACP_HEARTBEAT_SECONDS", help="An idle stream says that it is alive this often."),
@@ -113,6 +120,8 @@ def up(
     max_title_characters: MaxTitle = _DEFAULTS.max_title_characters,
     max_metadata_bytes: MaxMetadata = _DEFAULTS.max_metadata_bytes,
     max_connections: MaxConnections = _DEFAULTS.max_connections,
+    max_calls: MaxCalls = _DEFAULTS.max_calls,
+    reconnect_seconds: Reconnect = _DEFAULTS.reconnect_seconds,
     heartbeat_seconds: Heartbeat = _DEFAULTS.heartbeat_seconds,
     body_seconds: BodySeconds = _DEFAULTS.body_seconds,
     idle_seconds: IdleSeconds = _DEFAULTS.idle_seconds,
@@ -156,6 +165,8 @@ def serve(
     max_title_characters: MaxTitle = _DEFAULTS.max_title_characters,
     max_metadata_bytes: MaxMetadata = _DEFAULTS.max_metadata_bytes,
     max_connections: MaxConnections = _DEFAULTS.max_connections,
+    max_calls: MaxCalls = _DEFAULTS.max_calls,
+    reconnect_seconds: Reconnect = _DEFAULTS.reconnect_seconds,
     heartbeat_seconds: Heartbeat = _DEFAULTS.heartbeat_seconds,
     body_seconds: BodySeconds = _DEFAULTS.body_seconds,
     idle_seconds: IdleSeconds = _DEFAULTS.idle_seconds,

@@ -4,14 +4,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from time import perf_counter
 from types import TracebackType
 
-import grpc
 import structlog
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from gateway.auth import KeyRing
 from gateway.config import GatewayConfig, SettingError
-from gateway.errors import ApiError, from_rpc_error
+from gateway.errors import ApiError
 from gateway.handlers import RunHandlers
 from gateway.http_server import GatewayRunner, HttpLimits
 from gateway.metrics import Metrics
@@ -31,7 +30,7 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 def make_app(config: GatewayConfig) -> web.Application:
     """Build the application. Raises KeyFileError or ValueError for keys that cannot be used."""
     keys = KeyRing(config.keys_file, literal_key=config.api_key)
-    client = RunClient(config.grpc_target, config.service_token)
+    client = RunClient(config.grpc_target, config.service_token, config.max_calls, config.reconnect_seconds)
     streams = OpenStreams(config.heartbeat_seconds, config.write_seconds)
     metrics = Metrics(lambda: len(streams))
     app = web.Application(middlewares=[_make_middleware(metrics)])
@@ -55,6 +54,7 @@ def make_app(config: GatewayConfig) -> web.Application:
     app.router.add_get("/metrics", metrics_text)
 
     async def lives(_: web.Application) -> AsyncIterator[None]:
+        client.start()
         streams.start()
         yield
         await client.close()
@@ -113,11 +113,9 @@ def _make_middleware(metrics: Metrics) -> Middleware:
 
 
 async def _answer(request: web.Request, handler: _Handler) -> web.StreamResponse:
-    """Return the handler's answer; errors of gRPC and of the router become ApiError."""
+    """Return the handler's answer; errors of the router become ApiError."""
     try:
         return await handler(request)
-    except grpc.aio.AioRpcError as error:
-        raise from_rpc_error(error) from error
     except web.HTTPException as exception:
         if exception.status < 400:
             raise

@@ -35,6 +35,8 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
     write_seconds: float = 30.0
     heartbeat_seconds: float = 15.0
     max_connections: int = 10_000
+    max_calls: int = 4_096
+    reconnect_seconds: float = 5.0
     drain_seconds: float = 10.0
 
     def __post_init__(self) -> None:
@@ -59,6 +61,8 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
             "write_seconds",
             "heartbeat_seconds",
             "max_connections",
+            "max_calls",
+            "reconnect_seconds",
         ):
             if not 0 < getattr(self, name) < math.inf:
                 raise SettingError(f"ACP_{name.upper()} must be more than 0")

@@ -59,7 +59,7 @@ class RunHandlers:
         body = decode_start(await self._body(request), self._body_limits)
         form = stream_form(request.headers.get("Accept"))
         wait = self._waiting(request, body.mode)
-        updates = await self._client.start(
+        updates = self._client.start_run(
             context,
             target,
             input=body.input,
@@ -76,7 +76,7 @@ class RunHandlers:
         body = decode_continue(await self._body(request), self._body_limits)
         form = stream_form(request.headers.get("Accept"))
         wait = self._waiting(request, body.mode)
-        updates = await self._client.continue_(
+        updates = self._client.continue_run(
             context,
             target,
             request.match_info["runId"],
@@ -127,7 +127,7 @@ class RunHandlers:
         form = stream_form(request.headers.get("Accept"))
         if form is not None:
             after = resume_after(request.query, request.headers.get("Last-Event-ID"))
-            updates = await self._client.watch(context, target, run_id, after)
+            updates = self._client.watch(context, target, run_id, after)
             return await self._streams.relay(request, updates, form, lambda _: (200, info_of(request).headers))
         return await self._answer_log(
             request,
@@ -211,7 +211,7 @@ class RunHandlers:
 
             return await self._write_pieces(request, status, headers, head, rest(), b"]}")
         finally:
-            updates.cancel()
+            updates.stop()
 
     async def _answer_log(
         self,

@@ -1,16 +1,16 @@
-"""The only user of the RunService stub: how operations become calls, with their deadlines.
+"""The only user of the RunService stub: how operations become calls of a session, with their deadlines.
 
-Handlers ask for operations; what carries them (today a call each) is known here alone. Errors leave as
-grpc.aio.AioRpcError, or as ApiError when the runtime service cannot be reached at all.
+Handlers ask for operations; what carries them is known here alone. Errors leave as ApiError.
 """
 
-import asyncio
-from typing import Any, NamedTuple, TypeAlias
+import itertools
+import secrets
+from typing import NamedTuple
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from gateway.errors import ApiError
+from gateway.session import Call, Session, Stream
 from protos.acp.runs.v1 import run_pb2 as pb
 from protos.acp.runs.v1 import run_service_pb2 as rpc
 from protos.acp.runs.v1 import run_service_pb2_grpc
@@ -53,43 +53,42 @@ class ServerTarget(NamedTuple):
     connected: bool
 
 
-UpdateCall: TypeAlias = (
-    "grpc.aio.UnaryStreamCall[rpc.StartRunRequest, rpc.StartRunResponse]"
-    " | grpc.aio.UnaryStreamCall[rpc.ContinueRunRequest, rpc.ContinueRunResponse]"
-    " | grpc.aio.UnaryStreamCall[rpc.WatchRunRequest, rpc.WatchRunResponse]"
-)
-
-
 class UpdateStream:
-    """The updates of one operation, in order. `cancel` must be called when it is left early."""
+    """The updates of one operation, in order. `stop` or `fail` it when it is left early."""
 
-    __slots__ = ("_call",)
+    __slots__ = ("_call", "fail", "stop")
 
-    def __init__(self, call: UpdateCall) -> None:
+    def __init__(self, call: Call) -> None:
         self._call = call
+        self.stop = call.stop
+        self.fail = call.fail
 
     async def next(self) -> rpc.RunUpdate | None:
-        """Return the next update, None when the operation has ended. Raises grpc.aio.AioRpcError."""
-        response: Any = await self._call.read()
-        return None if response is grpc.aio.EOF else response.update
-
-    def cancel(self) -> None:
-        """Stop waiting for updates; the run goes on."""
-        self._call.cancel()
+        """Return the next update, None when the operation has ended. Raises ApiError."""
+        update = await self._call.next()
+        return None if update is None else update.run_update
 
 
 class RunClient:
-    """A connection to the runtime service, shared by all requests."""
+    """A connection to the runtime service, shared by all requests. `start` it within the loop that serves them."""
 
-    def __init__(self, target: str, service_token: str, connect_seconds: float = 5.0) -> None:
-        self._channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
+    def __init__(self, target: str, service_token: str, max_calls: int, reconnect_seconds: float) -> None:
+        self._target = target
+        self._metadata = (("authorization", f"Bearer {service_token}"),)
+        self._session = Session(self._open_stream, max_calls, reconnect_seconds)
+        # Ids of requests: unlike any other gateway's, and in the order in which they were made.
+        self._request_ids = (f"{secrets.token_hex(8)}-{number:010x}" for number in itertools.count(1))
+
+    def start(self) -> None:
+        """Connect, and stay connected."""
+        self._channel = grpc.aio.insecure_channel(self._target, options=_OPTIONS)
         self._stub = run_service_pb2_grpc.RunServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
-        self._authorization = ("authorization", f"Bearer {service_token}")
-        self._connect_seconds = connect_seconds
+        self._session.start()
 
     async def close(self) -> None:
-        """Close the connection; calls under way are cancelled."""
+        """Close the connection; calls under way fail."""
+        await self._session.close()
         await self._channel.close()
 
     async def is_serving(self) -> bool:
@@ -102,7 +101,7 @@ class RunClient:
             return False
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
-    async def start(
+    def start_run(
         self,
         context: CallContext,
         target: ServerTarget,
@@ -114,20 +113,20 @@ class RunClient:
         stream: rpc.StreamOptions,
     ) -> UpdateStream:
         """Start a run."""
-        request = rpc.StartRunRequest(
-            server=_reference(target),
-            input=input,
-            title=title or "",
-            mode=mode,
-            metadata_json=metadata or b"",
-            stream=stream,
-        )
-        metadata_pairs = await self._prepare(context)
-        return UpdateStream(
-            self._stub.StartRun(request, metadata=metadata_pairs, timeout=_stream_seconds(mode, stream))
-        )
+        command = _command(context)
+        request = command.start_run
+        _refer(request.server, target)
+        request.input = input
+        if title is not None:
+            request.title = title
+        request.mode = mode
+        if metadata is not None:
+            request.metadata_json = metadata
+        request.stream.CopyFrom(stream)
+        request.request_id = next(self._request_ids)
+        return UpdateStream(self._session.open(command, _stream_seconds(mode, stream)))
 
-    async def continue_(
+    def continue_run(
         self,
         context: CallContext,
         target: ServerTarget,
@@ -139,34 +138,34 @@ class RunClient:
         stream: rpc.StreamOptions,
     ) -> UpdateStream:
         """Open the next turn of a run."""
-        request = rpc.ContinueRunRequest(
-            server=_reference(target),
-            run_id=run_id,
-            input=input,
-            mode=mode,
-            metadata_json=metadata or b"",
-            stream=stream,
-        )
-        metadata_pairs = await self._prepare(context)
-        return UpdateStream(
-            self._stub.ContinueRun(request, metadata=metadata_pairs, timeout=_stream_seconds(mode, stream))
-        )
+        command = _command(context)
+        request = command.continue_run
+        _refer(request.server, target)
+        request.run_id = run_id
+        request.input = input
+        request.mode = mode
+        if metadata is not None:
+            request.metadata_json = metadata
+        request.stream.CopyFrom(stream)
+        request.request_id = next(self._request_ids)
+        return UpdateStream(self._session.open(command, _stream_seconds(mode, stream)))
 
-    async def watch(self, context: CallContext, target: ServerTarget, run_id: str, after: int) -> UpdateStream:
+    def watch(self, context: CallContext, target: ServerTarget, run_id: str, after: int) -> UpdateStream:
         """Follow a run from behind sequence `after`, deltas included."""
-        request = rpc.WatchRunRequest(
-            server=_reference(target),
-            run_id=run_id,
-            after_sequence=after,
-            stream=rpc.StreamOptions(deltas=True),
-        )
-        return UpdateStream(self._stub.WatchRun(request, metadata=await self._prepare(context)))
+        command = _command(context)
+        request = command.watch_run
+        _refer(request.server, target)
+        request.run_id = run_id
+        request.after_sequence = after
+        request.stream.deltas = True
+        return UpdateStream(self._session.open(command, None))
 
     async def get(self, context: CallContext, target: ServerTarget, run_id: str) -> rpc.GetRunResponse:
         """Return one run."""
-        request = rpc.GetRunRequest(server=_reference(target), run_id=run_id)
-        metadata = await self._prepare(context)
-        return await self._stub.GetRun(request, metadata=metadata, timeout=_UNARY_SECONDS)
+        command = _command(context)
+        _refer(command.get_run.server, target)
+        command.get_run.run_id = run_id
+        return (await self._answer(command)).get_run
 
     async def list(
         self,
@@ -178,9 +177,13 @@ class RunClient:
         status: "pb.RunStatus.ValueType",
     ) -> rpc.ListRunsResponse:
         """Return a page of runs."""
-        request = rpc.ListRunsRequest(server=_reference(target), page_size=limit, page_token=page_token, status=status)
-        metadata = await self._prepare(context)
-        return await self._stub.ListRuns(request, metadata=metadata, timeout=_UNARY_SECONDS)
+        command = _command(context)
+        request = command.list_runs
+        _refer(request.server, target)
+        request.page_size = limit
+        request.page_token = page_token
+        request.status = status
+        return (await self._answer(command)).list_runs
 
     async def list_events(
         self,
@@ -193,49 +196,49 @@ class RunClient:
         wait_seconds: float = 0,
     ) -> rpc.ListRunEventsResponse:
         """Return a page of a run's log: at most 1,000 events, and `limit`, unless that is 0."""
-        request = rpc.ListRunEventsRequest(
-            server=_reference(target),
-            run_id=run_id,
-            after_sequence=after,
-            page_size=min(limit, 1_000),
-            wait_ms=int(wait_seconds * 1000),
-        )
-        metadata = await self._prepare(context)
-        return await self._stub.ListRunEvents(request, metadata=metadata, timeout=_UNARY_SECONDS + wait_seconds)
+        command = _command(context)
+        request = command.list_run_events
+        _refer(request.server, target)
+        request.run_id = run_id
+        request.after_sequence = after
+        request.page_size = min(limit, 1_000)
+        request.wait_ms = int(wait_seconds * 1000)
+        return (await self._answer(command, wait_seconds)).list_run_events
 
     async def cancel(self, context: CallContext, target: ServerTarget, run_id: str) -> rpc.CancelRunResponse:
         """Cancel a run."""
-        request = rpc.CancelRunRequest(server=_reference(target), run_id=run_id)
-        metadata = await self._prepare(context)
-        return await self._stub.CancelRun(request, metadata=metadata, timeout=_UNARY_SECONDS)
+        command = _command(context)
+        _refer(command.cancel_run.server, target)
+        command.cancel_run.run_id = run_id
+        return (await self._answer(command)).cancel_run
 
-    async def _prepare(self, context: CallContext) -> tuple[tuple[str, str], ...]:
-        """Wait, for a restart's window, until calls can be made; return the metadata of the call.
+    async def _answer(self, command: rpc.SessionCommand, wait_seconds: float = 0) -> rpc.SessionUpdate:
+        call = self._session.open(command, _UNARY_SECONDS + wait_seconds)
+        try:
+            update = await call.next()
+        finally:
+            call.stop()
+        assert update is not None, "an operation that does not stream has one answer"
+        return update
 
-        Raises ApiError 503 RUNTIME_UNAVAILABLE.
-        """
-        if self._channel.get_state(try_to_connect=True) is not grpc.ChannelConnectivity.READY:
-            try:
-                async with asyncio.timeout(self._connect_seconds):
-                    await self._channel.channel_ready()
-            except TimeoutError:
-                raise ApiError(
-                    503,
-                    "RUNTIME_UNAVAILABLE",
-                    "The runtime service cannot be reached; nothing was changed. Try again in a moment.",
-                    headers={"Retry-After": "1"},
-                ) from None
-        pairs = (
-            self._authorization,
-            ("x-acp-organization", context.organization),
-            ("x-acp-subject", context.subject),
-            ("x-request-id", context.request_id),
-        )
-        return pairs if context.traceparent is None else (*pairs, ("traceparent", context.traceparent))
+    def _open_stream(self) -> Stream:
+        return self._stub.Session(metadata=self._metadata, wait_for_ready=True)
 
 
-def _reference(target: ServerTarget) -> rpc.ServerReference:
-    return rpc.ServerReference(id=target.id, connected=target.connected)
+def _command(context: CallContext) -> rpc.SessionCommand:
+    command = rpc.SessionCommand()
+    command.organization = context.organization
+    command.subject = context.subject
+    command.correlation_id = context.request_id
+    if context.traceparent is not None:
+        command.traceparent = context.traceparent
+    return command
+
+
+def _refer(reference: rpc.ServerReference, target: ServerTarget) -> None:
+    reference.id = target.id
+    if target.connected:
+        reference.connected = True
 
 
 def _stream_seconds(mode: "pb.RunMode.ValueType", stream: rpc.StreamOptions) -> float | None:

@@ -10,11 +10,10 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Literal
 
-import grpc
 from aiohttp import web
 
 from gateway.codec import TERMINAL, encode, event_document, run_document, thread_document
-from gateway.errors import ApiError, error_document, from_rpc_error
+from gateway.errors import ApiError, error_document
 from gateway.run_client import UpdateStream
 from protos.acp.runs.v1 import run_pb2 as pb
 from protos.acp.runs.v1 import run_service_pb2 as rpc
@@ -141,7 +140,7 @@ class StreamRelay:
     async def run(self, begin: Callable[[pb.Run], web.StreamResponse]) -> web.StreamResponse:
         """Relay to the end; `begin` makes the response once the first update is there.
 
-        An error before that is raised (grpc.aio.AioRpcError); later it is the last frame.
+        An error before that is raised (ApiError); later it is the last frame.
         """
         frames = self._frames
         response: web.StreamResponse | None = None
@@ -155,17 +154,10 @@ class StreamRelay:
                         self._response = response
                     await self._write(response, data)
                 last = frames.completed()
-            except grpc.aio.AioRpcError as error:
+            except ApiError as error:
                 if response is None:
                     raise
-                last = frames.error(from_rpc_error(error))
-            except asyncio.CancelledError:
-                # Either this task was cancelled, or the call was: by `stop`, or because the client is gone.
-                if not self._stopped:
-                    raise
-                if response is None:
-                    raise _DRAINING from None
-                last = frames.error(_DRAINING)
+                last = frames.error(error)
             assert response is not None, "a stream has at least one update"
             await self._write(response, last)
             await response.write_eof()
@@ -176,7 +168,7 @@ class StreamRelay:
             self._abort()
         finally:
             self._response = None
-            self._updates.cancel()
+            self._updates.stop()
         return response
 
     async def _write(self, response: web.StreamResponse, data: bytes) -> None:
@@ -193,7 +185,7 @@ class StreamRelay:
     def stop(self) -> None:
         """End the stream with `stream.error`, code DRAINING, if anyone is there to read it."""
         self._stopped = True
-        self._updates.cancel()
+        self._updates.fail(_DRAINING)
 
     def is_left(self) -> bool:
         """Return whether the client has gone."""
@@ -255,7 +247,7 @@ class OpenStreams:
             )
 
         if self._stopping:
-            updates.cancel()
+            updates.stop()
             raise _DRAINING
         relay = StreamRelay(self, request, updates, Frames(form))
         self._open.add(relay)

@@ -29,6 +29,7 @@ def generate(into: Path) -> dict[Path, bytes]:
     bundled = resources.files("grpc_tools") / "_proto"
     flags = [
         f"--proto_path={ROOT}",
+        f"--proto_path={ROOT / 'third_party'}",
         f"--proto_path={bundled}",
         f"--python_out={into}",
         f"--grpc_python_out={into}",

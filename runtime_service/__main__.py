@@ -24,6 +24,7 @@ from runtime_service.errors import StoreUnavailable
 from runtime_service.executor import ExecutorLimits
 from runtime_service.registry import ConfigurationError
 from runtime_service.server import RuntimeServer
+from runtime_service.session import SessionLimits
 from runtime_service.validation import RequestLimits
 
 app = typer.Typer(
@@ -78,6 +79,9 @@ def serve(
         float,
         typer.Option(envvar="ACP_CANCEL_GRACE_SECONDS", min=0, help="Time for a cancelled agent to end by itself."),
     ] = ExecutorLimits().cancel_grace_seconds,
+    max_session_calls: Annotated[
+        int, typer.Option(envvar="ACP_MAX_SESSION_CALLS", min=1, help="How many calls a session may have open.")
+    ] = SessionLimits().max_calls,
     drain_seconds: Annotated[
         float, typer.Option(envvar="ACP_DRAIN_SECONDS", min=0, help="Time for running turns after SIGTERM.")
     ] = 10.0,
@@ -113,6 +117,7 @@ def serve(
             drain_seconds=drain_seconds,
             executor=ExecutorLimits(max_turns, max_queued_turns, max_attempts, cancel_grace_seconds),
             requests=RequestLimits(max_title_characters, max_metadata_bytes),
+            sessions=SessionLimits(max_session_calls),
         )
         uvloop.run(_serve(config, ready_file, stop_with_stdin))
     except (SettingError, ConfigurationError, StoreUnavailable, OSError) as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 import msgspec
 
 from runtime_service.executor import ExecutorLimits
+from runtime_service.session import SessionLimits
 from runtime_service.validation import RequestLimits
 
 
@@ -28,6 +29,7 @@ class RuntimeConfig(msgspec.Struct, frozen=True, kw_only=True):
     drain_seconds: float = 10.0
     executor: ExecutorLimits = ExecutorLimits()
     requests: RequestLimits = RequestLimits()
+    sessions: SessionLimits = SessionLimits()
 
     def __post_init__(self) -> None:
         host, separator, port = self.listen.rpartition(":")

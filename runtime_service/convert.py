@@ -1,19 +1,26 @@
-"""Domain values to and from protobuf messages. Pure."""
+"""Domain values to and from protobuf messages. Pure.
+
+Messages are filled where they stand: one that is put into another is copied, by way of its bytes.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from protos.acp.runs.v1 import run_pb2 as pb
 from protos.acp.runs.v1 import run_service_pb2 as rpc
 from runtime_service.event_log import Update
 from runtime_service.runs import EventRole, LogLevel, Run, RunEvent, RunMode, RunStatus
 
+if TYPE_CHECKING:
+    from google.protobuf.internal.containers import RepeatedCompositeFieldContainer as MessageList
+
 _STATUS = {status: pb.RunStatus.Value(f"RUN_STATUS_{status.name}") for status in RunStatus}
 _STATUS_BACK = {number: status for status, number in _STATUS.items()}
 _MODE = {mode: pb.RunMode.Value(f"RUN_MODE_{mode.name}") for mode in RunMode}
 _ROLE = {role: pb.EventRole.Value(f"EVENT_ROLE_{role.name}") for role in EventRole}
-_LEVEL: dict[LogLevel | None, pb.LogLevel.ValueType] = {None: pb.LOG_LEVEL_UNSPECIFIED} | {
-    level: pb.LogLevel.Value(f"LOG_LEVEL_{level.name}") for level in LogLevel
-}
+_LEVEL = {level: pb.LogLevel.Value(f"LOG_LEVEL_{level.name}") for level in LogLevel}
 _THREAD_STATUS = {
     RunStatus.QUEUED: pb.THREAD_STATUS_ACTIVE,
     RunStatus.RUNNING: pb.THREAD_STATUS_RUNNING,
@@ -23,68 +30,73 @@ _THREAD_STATUS = {
 }
 
 
-def run_message(run: Run, session_protocol: str) -> pb.Run:
-    """Return the run as it shows its turn."""
+def fill_run(message: pb.Run, run: Run, session_protocol: str) -> None:
+    """Put the run, as it shows its turn, into an empty message."""
     turn = run.turn
-    return pb.Run(
-        id=run.id,
-        server_id=run.server_id,
-        thread_id=run.thread_id,
-        title=run.title or "",
-        created_at_unix_ms=run.created_at_ms,
-        last_sequence=run.last_sequence,
-        turn=turn.number,
-        status=_STATUS[turn.status],
-        mode=_MODE[turn.mode],
-        input=turn.input,
-        output=turn.output or "",
-        error=turn.error or "",
-        error_code=turn.error_code or "",
-        metadata_json=turn.metadata or b"",
-        completed_at_unix_ms=turn.completed_at_ms or 0,
-        session_protocol=session_protocol,
-        turn_first_sequence=turn.first_sequence,
-    )
+    message.id = run.id
+    message.server_id = run.server_id
+    message.thread_id = run.thread_id
+    message.created_at_unix_ms = run.created_at_ms
+    message.last_sequence = run.last_sequence
+    message.turn = turn.number
+    message.status = _STATUS[turn.status]
+    message.mode = _MODE[turn.mode]
+    message.input = turn.input
+    message.session_protocol = session_protocol
+    message.turn_first_sequence = turn.first_sequence
+    if run.title:
+        message.title = run.title
+    if turn.output:
+        message.output = turn.output
+    if turn.error:
+        message.error = turn.error
+    if turn.error_code:
+        message.error_code = turn.error_code
+    if turn.metadata:
+        message.metadata_json = turn.metadata
+    if turn.completed_at_ms:
+        message.completed_at_unix_ms = turn.completed_at_ms
 
 
-def thread_message(run: Run) -> pb.Thread:
-    """Return the run's thread."""
-    return pb.Thread(
-        id=run.thread_id,
-        title=run.title or "",
-        status=_THREAD_STATUS[run.turn.status],
-        message_count=run.message_count,
-        metadata_json=run.thread_metadata or b"",
-        created_at_unix_ms=run.created_at_ms,
-        updated_at_unix_ms=run.updated_at_ms,
-    )
+def fill_thread(message: pb.Thread, run: Run) -> None:
+    """Put the run's thread into an empty message."""
+    message.id = run.thread_id
+    message.status = _THREAD_STATUS[run.turn.status]
+    message.message_count = run.message_count
+    message.created_at_unix_ms = run.created_at_ms
+    message.updated_at_unix_ms = run.updated_at_ms
+    if run.title:
+        message.title = run.title
+    if run.thread_metadata:
+        message.metadata_json = run.thread_metadata
 
 
-def event_message(run: Run, event: RunEvent) -> pb.RunEvent:
-    """Return an event of the run's log."""
-    return pb.RunEvent(
-        id=run.event_id(event.sequence),
-        sequence=event.sequence,
-        turn=event.turn,
-        role=_ROLE[event.role],
-        content=event.content,
-        log_type=event.log_type or "",
-        log_level=_LEVEL[event.log_level],
-        created_at_unix_ms=event.created_at_ms,
-        metadata_json=event.metadata or b"",
-    )
+def add_events(messages: MessageList[pb.RunEvent], run: Run, events: Iterable[RunEvent]) -> None:
+    """Add events of the run's log to a list of messages."""
+    for event in events:
+        message = messages.add()
+        message.id = run.event_id(event.sequence)
+        message.sequence = event.sequence
+        message.turn = event.turn
+        message.role = _ROLE[event.role]
+        message.content = event.content
+        message.created_at_unix_ms = event.created_at_ms
+        if event.log_type:
+            message.log_type = event.log_type
+        if event.log_level is not None:
+            message.log_level = _LEVEL[event.log_level]
+        if event.metadata:
+            message.metadata_json = event.metadata
 
 
-def update_message(run: Run, update: Update, session_protocol: str) -> rpc.RunUpdate:
-    """Return an update of the followed run, which names it."""
-    message = rpc.RunUpdate(events=[event_message(run, event) for event in update.events])
+def fill_update(message: rpc.RunUpdate, run: Run, update: Update, session_protocol: str) -> None:
+    """Put an update of the followed run, which names it, into an empty message."""
     if update.run is not None:
-        message.run.CopyFrom(run_message(update.run, session_protocol))
-        message.thread.CopyFrom(thread_message(update.run))
+        fill_run(message.run, update.run, session_protocol)
+        fill_thread(message.thread, update.run)
+    add_events(message.events, run, update.events)
     if update.delta is not None:
-        sequence, offset, text = update.delta
-        message.delta.CopyFrom(rpc.ContentDelta(sequence=sequence, offset=offset, text=text))
-    return message
+        message.delta.sequence, message.delta.offset, message.delta.text = update.delta
 
 
 def run_mode(mode: pb.RunMode.ValueType) -> RunMode:

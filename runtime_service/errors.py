@@ -64,6 +64,16 @@ class CapacityExceeded(RunServiceError):
         self.retry_after_seconds = retry_after_seconds
 
 
+class SessionFull(RunServiceError):
+    """A session has as many open calls as it may have."""
+
+    reason = "SESSION_FULL"
+    retry_after_seconds = 1.0
+
+    def __init__(self, max_calls: int) -> None:
+        super().__init__(f"{max_calls} calls are open already; try again in a moment.")
+
+
 class AgentUnavailable(RunServiceError):
     """The server's agent cannot run here; the message says what to do."""
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hmac
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from inspect import isasyncgenfunction
 from typing import Any, TypeAlias
 
 import grpc
-from google.protobuf import any_pb2
-from google.rpc import code_pb2, error_details_pb2, status_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1.health_pb2 import DESCRIPTOR as HEALTH
 
 from runtime_service import errors
@@ -25,11 +26,13 @@ _STATUS: dict[type[errors.RunServiceError], grpc.StatusCode] = {
     errors.ServerNotFound: grpc.StatusCode.NOT_FOUND,
     errors.RunNotFound: grpc.StatusCode.NOT_FOUND,
     errors.CapacityExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.SessionFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.AgentUnavailable: grpc.StatusCode.UNAVAILABLE,
     errors.StoreUnavailable: grpc.StatusCode.UNAVAILABLE,
     errors.Draining: grpc.StatusCode.UNAVAILABLE,
     errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
 }
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
 # A named tuple of the handler's behaviours, of which one is set; the stubs know it as an opaque class.
 _Handler: TypeAlias = Any
 _HEALTH_PREFIX = f"/{HEALTH.package}.Health/"
@@ -37,7 +40,7 @@ _HEALTH_PREFIX = f"/{HEALTH.package}.Health/"
 
 def status_of(error: errors.RunServiceError) -> status_pb2.Status:
     """Return the error as gRPC callers get it."""
-    details: list[Any] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
+    details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
     if isinstance(error, errors.InvalidRequest):
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.description)
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
@@ -45,29 +48,30 @@ def status_of(error: errors.RunServiceError) -> status_pb2.Status:
         retry = error_details_pb2.RetryInfo()
         retry.retry_delay.FromMilliseconds(int(error.retry_after_seconds * 1000))
         details.append(retry)
-    status = status_pb2.Status(code=_STATUS[type(error)].value[0], message=error.message)
+    return _status(_STATUS[type(error)], error.message, details)
+
+
+def status_for(error: Exception, correlation_id: str = "", traceparent: str = "") -> status_pb2.Status:
+    """Return what a caller is told of a call that raised `error`; one that is not of the domain is logged here."""
+    if isinstance(error, errors.RunServiceError):
+        return status_of(error)
+    log.error("a call failed (request %s, trace %s)", correlation_id or "-", traceparent or "-", exc_info=error)
+    info = error_details_pb2.ErrorInfo(reason="INTERNAL", domain=DOMAIN)
+    return _status(grpc.StatusCode.INTERNAL, "The runtime service failed; its log has the details.", [info])
+
+
+def _status(code: grpc.StatusCode, message: str, details: Iterable[Message]) -> status_pb2.Status:
+    status = status_pb2.Status(code=code.value[0], message=message)
     for detail in details:
-        packed = any_pb2.Any()
-        packed.Pack(detail)
-        status.details.append(packed)
+        status.details.add().Pack(detail)
     return status
 
 
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:
-    if isinstance(error, errors.RunServiceError):
-        status, code = status_of(error), _STATUS[type(error)]
-    else:
-        log.error("a call failed", exc_info=error)
-        info = any_pb2.Any()
-        info.Pack(error_details_pb2.ErrorInfo(reason="INTERNAL", domain=DOMAIN))
-        status = status_pb2.Status(
-            code=code_pb2.INTERNAL,
-            message="The runtime service failed; its log has the details.",
-            details=[info],
-        )
-        code = grpc.StatusCode.INTERNAL
+    metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
+    status = status_for(error, metadata.get("x-request-id", ""), metadata.get("traceparent", ""))
     trailer = (("grpc-status-details-bin", status.SerializeToString()),)
-    await context.abort(code, status.message, trailer)
+    await context.abort(_CODES[status.code], status.message, trailer)
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
@@ -103,9 +107,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
 
 def _wrap(handler: _Handler) -> _Handler:
-    # Reflection is a stream of requests; its errors are its own.
-    kinds = ("unary_unary", "unary_stream")
-    return handler._replace(**{kind: _guard(getattr(handler, kind)) for kind in kinds if getattr(handler, kind)})
+    behaviours = {kind: getattr(handler, kind) for kind in ("unary_unary", "unary_stream", "stream_stream")}
+    # Reflection's is a generator; its errors are its own.
+    guarded = {kind: _guard(each) for kind, each in behaviours.items() if each and not isasyncgenfunction(each)}
+    return handler._replace(**guarded)
 
 
 def _guard(behaviour: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:

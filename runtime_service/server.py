@@ -12,9 +12,11 @@ from protos.acp.runs.v1 import run_service_pb2, run_service_pb2_grpc
 from runtime_service.config import RuntimeConfig, SettingError
 from runtime_service.event_log import EventLog
 from runtime_service.executor import Executor
+from runtime_service.operations import Operations
 from runtime_service.registry import Registry, load_registry
 from runtime_service.rpc_errors import ErrorInterceptor
 from runtime_service.service import RunService
+from runtime_service.session import Sessions
 from runtime_service.store.base import RunStore
 from runtime_service.store.sqlite import SQLiteStore
 
@@ -53,10 +55,9 @@ class RuntimeServer:
         self._executor = Executor(self._store, self._event_log, self._registry, config.executor)
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(interceptors=(ErrorInterceptor(config.service_token),), options=_OPTIONS)
-        run_service_pb2_grpc.add_RunServiceServicer_to_server(
-            RunService(self._store, self._executor, self._event_log, self._registry, config.requests),
-            self._server,
-        )
+        operations = Operations(self._store, self._executor, self._event_log, self._registry, config.requests)
+        self._sessions = Sessions(operations, config.sessions, MAX_MESSAGE_BYTES)
+        run_service_pb2_grpc.add_RunServiceServicer_to_server(RunService(operations, self._sessions), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         try:
@@ -76,6 +77,7 @@ class RuntimeServer:
         await self._health.enter_graceful_shutdown()
         await self._executor.drain(self._config.drain_seconds)
         self._event_log.close()
+        self._sessions.close()
         await self._server.stop(grace=1.0)
         await self._registry.close()
         await self._store.close()

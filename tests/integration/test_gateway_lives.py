@@ -1,7 +1,6 @@
 """What the two programs say of themselves, and to each other's clients when one of them stops."""
 
 import asyncio
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,6 @@ import pytest
 from aiohttp import ClientConnectionError
 from prometheus_client.parser import text_string_to_metric_families
 
-import gateway.app
-from gateway.run_client import RunClient
 from protos.acp.runs.v1 import run_service_pb2 as rpc
 from protos.acp.runs.v1 import run_service_pb2_grpc
 from tests.integration.stack import GATES, Stack, runs, serving, until
@@ -21,22 +18,15 @@ from tests.integration.test_gateway_events import STREAMED, check_stream, events
 from tests.support import run_async
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the gateway wait less for a runtime service that is not there."""
-    monkeypatch.setattr(gateway.app, "RunClient", functools.partial(RunClient, connect_seconds=0.2))
-
-
 async def _is_ready(stack: Stack) -> bool:
     return (await stack.call("GET", "/health", key="")).status == 200
 
 
-@pytest.mark.usefixtures("impatient")
 def test_runtime_that_is_down_is_told(tmp_path: Path) -> None:
     """Every operation is a 503 RUNTIME_UNAVAILABLE with Retry-After; once the runtime is back all is as it was."""
 
     async def main() -> None:
-        async with serving(tmp_path) as stack:
+        async with serving(tmp_path, reconnect_seconds=0.2) as stack:
             started = await stack.start()
             path = started.headers["Location"]
             await stack.stop_runtime()
@@ -90,11 +80,11 @@ async def _is_unready(stack: Stack) -> bool:
 
 @pytest.mark.parametrize("accept", STREAMED)
 def test_stream_tells_that_the_runtime_stops(accept: str, tmp_path: Path) -> None:
-    """When the runtime stops the stream's last frame is a stream.error; what was stored can be read on afterwards."""
+    """When the runtime stops for long the stream's last frame is a stream.error; what was stored can be read on."""
     name = f"runtime stops {accept}"
 
     async def main() -> None:
-        async with serving(tmp_path) as stack:
+        async with serving(tmp_path, reconnect_seconds=0.1) as stack:
             async with stack.stream("POST", runs("gated"), {"content": name}, accept=accept) as stream:
                 frames = await stream.until(lambda frame: frame.document.get("event", {}).get("sequence") == 2)
                 path = stream.response.headers["Location"]
@@ -120,7 +110,10 @@ def test_code_in_the_middle_is_the_reason_of_grpc(tmp_path: Path) -> None:
     """A gRPC caller who follows the run is told the same reason as the reader of the stream."""
 
     async def main() -> None:
-        async with serving(tmp_path) as stack, grpc.aio.insecure_channel(stack.target) as channel:
+        async with (
+            serving(tmp_path, reconnect_seconds=0.1) as stack,
+            grpc.aio.insecure_channel(stack.target) as channel,
+        ):
             path = await stack.start_async("gated", "both doors")
             request = rpc.WatchRunRequest(server=rpc.ServerReference(id="gated"), run_id=path.rpartition("/")[2])
             call: Any = run_service_pb2_grpc.RunServiceStub(channel).WatchRun(request, metadata=CALLER)
@@ -181,10 +174,10 @@ def test_sync_start_is_answered_while_the_gateway_stops(tmp_path: Path) -> None:
 
 
 def test_sync_start_tells_that_the_runtime_stops(tmp_path: Path) -> None:
-    """Whoever waits for a turn when the runtime stops gets 503 DRAINING; the accepted run is executed afterwards."""
+    """Whoever waits for a turn when the runtime stops for long gets 503 DRAINING; the run is executed afterwards."""
 
     async def main() -> None:
-        async with serving(tmp_path) as stack:
+        async with serving(tmp_path, reconnect_seconds=0.1) as stack:
             waiting = asyncio.create_task(stack.start("gated", "sync drain"))
             await GATES["sync drain"].reached.wait()
             await stack.stop_runtime()

@@ -5,7 +5,7 @@ import pytest
 
 from protos.acp.runs.v1 import run_pb2 as pb
 from protos.acp.runs.v1 import run_service_pb2 as rpc
-from runtime_service.convert import event_message, run_message, run_mode, run_status, thread_message, update_message
+from runtime_service.convert import add_events, fill_run, fill_thread, fill_update, run_mode, run_status
 from runtime_service.event_log import Delta, Update
 from runtime_service.runs import EventRole, LogLevel, Run, RunEvent, RunMode, RunStatus, Turn
 
@@ -26,6 +26,35 @@ TURN = Turn(
 )
 RUN = Run("run_1", "default", "assistant", 10, 60, 4, 7, 2, TURN, "A title", b'{"a":1}')
 EVENT = RunEvent(7, 2, EventRole.EXECUTION_LOG, "é", 60, "tool_call", LogLevel.WARNING, b"{}")
+
+
+def run_message(run: Run, session_protocol: str) -> pb.Run:
+    """A message that is filled with a run."""
+    message = pb.Run()
+    fill_run(message, run, session_protocol)
+    return message
+
+
+def thread_message(run: Run) -> pb.Thread:
+    """A message that is filled with a run's thread."""
+    message = pb.Thread()
+    fill_thread(message, run)
+    return message
+
+
+def event_message(run: Run, event: RunEvent) -> pb.RunEvent:
+    """The one message that is added for an event."""
+    page = rpc.ListRunEventsResponse()
+    add_events(page.events, run, [event])
+    [message] = page.events
+    return message
+
+
+def update_message(run: Run, update: Update, session_protocol: str) -> rpc.RunUpdate:
+    """A message that is filled with an update."""
+    message = rpc.RunUpdate()
+    fill_update(message, run, update, session_protocol)
+    return message
 
 
 def at_status(status: RunStatus) -> Run:

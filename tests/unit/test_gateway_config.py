@@ -45,6 +45,8 @@ def test_defaults_are_those_of_the_contract() -> None:
                 "write_seconds",
                 "heartbeat_seconds",
                 "max_connections",
+                "max_calls",
+                "reconnect_seconds",
             )
             for value in (0, -1, float("nan"), float("inf"))
         ),

@@ -28,6 +28,7 @@ CASES: list[tuple[errors.RunServiceError, grpc.StatusCode, str]] = [
     (errors.ServerNotFound("There is no such."), grpc.StatusCode.NOT_FOUND, "SERVER_NOT_FOUND"),
     (errors.RunNotFound("run_1"), grpc.StatusCode.NOT_FOUND, "RUN_NOT_FOUND"),
     (errors.CapacityExceeded("Full.", 1.5), grpc.StatusCode.RESOURCE_EXHAUSTED, "CAPACITY_EXCEEDED"),
+    (errors.SessionFull(3), grpc.StatusCode.RESOURCE_EXHAUSTED, "SESSION_FULL"),
     (errors.AgentUnavailable("Install it."), grpc.StatusCode.UNAVAILABLE, "AGENT_UNAVAILABLE"),
     (errors.StoreUnavailable("The disk is full."), grpc.StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE"),
     (errors.Draining(), grpc.StatusCode.UNAVAILABLE, "DRAINING"),
@@ -41,6 +42,10 @@ class _AioContext:
 
     def __init__(self, context: grpc.ServicerContext) -> None:
         self._context = context
+
+    def invocation_metadata(self) -> Any:
+        """What the caller sent."""
+        return self._context.invocation_metadata()
 
     async def abort(self, code: grpc.StatusCode, details: str, trailing_metadata: Any) -> None:
         """End the call; not by the double's own abort, which drops trailing metadata."""

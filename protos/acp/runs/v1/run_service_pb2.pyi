@@ -17,6 +17,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.rpc import status_pb2 as _status_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -172,6 +173,7 @@ class StartRunRequest(_message.Message):
     MODE_FIELD_NUMBER: _builtins.int
     METADATA_JSON_FIELD_NUMBER: _builtins.int
     STREAM_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     input: _builtins.str
     """What to say to the agent; must hold text."""
     title: _builtins.str
@@ -180,6 +182,11 @@ class StartRunRequest(_message.Message):
     """SYNC follows to the end of the turn, ASYNC ends with the accepted run."""
     metadata_json: _builtins.bytes
     """A JSON object as UTF-8 text, at most 16 KiB; may be empty."""
+    request_id: _builtins.str
+    """Makes the request safe to repeat (AIP-155): another with the same id and organization starts nothing, and is
+    answered with what the first one started. At most 255 characters, kept for at least 24 hours; empty: each request
+    starts a run. ALREADY_EXISTS (IDEMPOTENCY_KEY_REUSED) when the id was used for another server, run or operation.
+    """
     @_builtins.property
     def server(self) -> Global___ServerReference:
         """Which agent runtime."""
@@ -197,10 +204,11 @@ class StartRunRequest(_message.Message):
         mode: _run_pb2.RunMode.ValueType = ...,
         metadata_json: _builtins.bytes = ...,
         stream: Global___StreamOptions | None = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["server", b"server", "stream", b"stream"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "metadata_json", b"metadata_json", "mode", b"mode", "server", b"server", "stream", b"stream", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "metadata_json", b"metadata_json", "mode", b"mode", "request_id", b"request_id", "server", b"server", "stream", b"stream", "title", b"title"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -242,6 +250,7 @@ class ContinueRunRequest(_message.Message):
     MODE_FIELD_NUMBER: _builtins.int
     METADATA_JSON_FIELD_NUMBER: _builtins.int
     STREAM_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Which run."""
     input: _builtins.str
@@ -250,6 +259,8 @@ class ContinueRunRequest(_message.Message):
     """As in StartRunRequest."""
     metadata_json: _builtins.bytes
     """As in StartRunRequest; empty keeps the run's metadata."""
+    request_id: _builtins.str
+    """As in StartRunRequest."""
     @_builtins.property
     def server(self) -> Global___ServerReference:
         """Which agent runtime."""
@@ -267,10 +278,11 @@ class ContinueRunRequest(_message.Message):
         mode: _run_pb2.RunMode.ValueType = ...,
         metadata_json: _builtins.bytes = ...,
         stream: Global___StreamOptions | None = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["server", b"server", "stream", b"stream"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "metadata_json", b"metadata_json", "mode", b"mode", "run_id", b"run_id", "server", b"server", "stream", b"stream"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "metadata_json", b"metadata_json", "mode", b"mode", "request_id", b"request_id", "run_id", b"run_id", "server", b"server", "stream", b"stream"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -641,3 +653,284 @@ class CancelRunResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelRunResponse: _TypeAlias = CancelRunResponse  # noqa: Y015
+
+@_typing.final
+class SessionRequest(_message.Message):
+    """What a caller asks of a session at once."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMMANDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def commands(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionCommand]:
+        """Taken in this order; calls that they open run beside each other."""
+
+    def __init__(
+        self,
+        *,
+        commands: _abc.Iterable[Global___SessionCommand] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commands", b"commands"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SessionRequest: _TypeAlias = SessionRequest  # noqa: Y015
+
+@_typing.final
+class SessionCommand(_message.Message):
+    """Opens a call, or is about one that is open."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALL_FIELD_NUMBER: _builtins.int
+    ORGANIZATION_FIELD_NUMBER: _builtins.int
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    CORRELATION_ID_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
+    START_RUN_FIELD_NUMBER: _builtins.int
+    CONTINUE_RUN_FIELD_NUMBER: _builtins.int
+    WATCH_RUN_FIELD_NUMBER: _builtins.int
+    GET_RUN_FIELD_NUMBER: _builtins.int
+    LIST_RUNS_FIELD_NUMBER: _builtins.int
+    LIST_RUN_EVENTS_FIELD_NUMBER: _builtins.int
+    CANCEL_RUN_FIELD_NUMBER: _builtins.int
+    STOP_FIELD_NUMBER: _builtins.int
+    ACKNOWLEDGE_FIELD_NUMBER: _builtins.int
+    call: _builtins.int
+    """Which call; a new one takes a number that this session has not had yet."""
+    organization: _builtins.str
+    """On whose behalf, as `x-acp-organization` of a plain RPC. Required where a call is opened."""
+    subject: _builtins.str
+    """Who it is, as `x-acp-subject`; may be empty."""
+    correlation_id: _builtins.str
+    """For the logs of both sides, as `x-request-id`; may be empty."""
+    traceparent: _builtins.str
+    """The caller's trace context (W3C), as `traceparent`; may be empty."""
+    @_builtins.property
+    def start_run(self) -> Global___StartRunRequest:
+        """Opens a call."""
+
+    @_builtins.property
+    def continue_run(self) -> Global___ContinueRunRequest:
+        """Opens a call."""
+
+    @_builtins.property
+    def watch_run(self) -> Global___WatchRunRequest:
+        """Opens a call."""
+
+    @_builtins.property
+    def get_run(self) -> Global___GetRunRequest:
+        """Opens a call."""
+
+    @_builtins.property
+    def list_runs(self) -> Global___ListRunsRequest:
+        """Opens a call."""
+
+    @_builtins.property
+    def list_run_events(self) -> Global___ListRunEventsRequest:
+        """Opens a call."""
+
+    @_builtins.property
+    def cancel_run(self) -> Global___CancelRunRequest:
+        """Opens a call."""
+
+    @_builtins.property
+    def stop(self) -> Global___StopCall:
+        """The caller has lost interest: no more updates of this call, also no `last`. The run goes on."""
+
+    @_builtins.property
+    def acknowledge(self) -> Global___AcknowledgeUpdates:
+        """The caller has taken in updates of this call."""
+
+    def __init__(
+        self,
+        *,
+        call: _builtins.int = ...,
+        organization: _builtins.str = ...,
+        subject: _builtins.str = ...,
+        correlation_id: _builtins.str = ...,
+        traceparent: _builtins.str = ...,
+        start_run: Global___StartRunRequest | None = ...,
+        continue_run: Global___ContinueRunRequest | None = ...,
+        watch_run: Global___WatchRunRequest | None = ...,
+        get_run: Global___GetRunRequest | None = ...,
+        list_runs: Global___ListRunsRequest | None = ...,
+        list_run_events: Global___ListRunEventsRequest | None = ...,
+        cancel_run: Global___CancelRunRequest | None = ...,
+        stop: Global___StopCall | None = ...,
+        acknowledge: Global___AcknowledgeUpdates | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["acknowledge", b"acknowledge", "cancel_run", b"cancel_run", "continue_run", b"continue_run", "get_run", b"get_run", "list_run_events", b"list_run_events", "list_runs", b"list_runs", "operation", b"operation", "start_run", b"start_run", "stop", b"stop", "watch_run", b"watch_run"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledge", b"acknowledge", "call", b"call", "cancel_run", b"cancel_run", "continue_run", b"continue_run", "correlation_id", b"correlation_id", "get_run", b"get_run", "list_run_events", b"list_run_events", "list_runs", b"list_runs", "operation", b"operation", "organization", b"organization", "start_run", b"start_run", "stop", b"stop", "subject", b"subject", "traceparent", b"traceparent", "watch_run", b"watch_run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["start_run", "continue_run", "watch_run", "get_run", "list_runs", "list_run_events", "cancel_run", "stop", "acknowledge"]  # noqa: Y015
+    _WhichOneofArgType_operation: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_operation) -> _WhichOneofReturnType_operation | None: ...
+
+Global___SessionCommand: _TypeAlias = SessionCommand  # noqa: Y015
+
+@_typing.final
+class StopCall(_message.Message):
+    """Ends a call from the caller's side."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StopCall: _TypeAlias = StopCall  # noqa: Y015
+
+@_typing.final
+class AcknowledgeUpdates(_message.Message):
+    """Makes room for more updates of a call."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UPDATES_FIELD_NUMBER: _builtins.int
+    updates: _builtins.int
+    """How many run updates the caller has taken in since it last said so."""
+    def __init__(
+        self,
+        *,
+        updates: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["updates", b"updates"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AcknowledgeUpdates: _TypeAlias = AcknowledgeUpdates  # noqa: Y015
+
+@_typing.final
+class SessionResponse(_message.Message):
+    """What a service has for a caller at once."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UPDATES_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def updates(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionUpdate]:
+        """Of any calls."""
+
+    @_builtins.property
+    def limits(self) -> Global___SessionLimits:
+        """Set on the first response only."""
+
+    def __init__(
+        self,
+        *,
+        updates: _abc.Iterable[Global___SessionUpdate] | None = ...,
+        limits: Global___SessionLimits | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "updates", b"updates"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SessionResponse: _TypeAlias = SessionResponse  # noqa: Y015
+
+@_typing.final
+class SessionLimits(_message.Message):
+    """What a session holds its caller to."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_CALLS_FIELD_NUMBER: _builtins.int
+    WINDOW_UPDATES_FIELD_NUMBER: _builtins.int
+    MAX_MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
+    max_calls: _builtins.int
+    """Calls that may be open at once."""
+    window_updates: _builtins.int
+    """Run updates of a call that are sent ahead of `acknowledge`."""
+    max_message_bytes: _builtins.int
+    """The longest message that is taken."""
+    def __init__(
+        self,
+        *,
+        max_calls: _builtins.int = ...,
+        window_updates: _builtins.int = ...,
+        max_message_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_calls", b"max_calls", "max_message_bytes", b"max_message_bytes", "window_updates", b"window_updates"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SessionLimits: _TypeAlias = SessionLimits  # noqa: Y015
+
+@_typing.final
+class SessionUpdate(_message.Message):
+    """What one call gets."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALL_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    RUN_UPDATE_FIELD_NUMBER: _builtins.int
+    GET_RUN_FIELD_NUMBER: _builtins.int
+    LIST_RUNS_FIELD_NUMBER: _builtins.int
+    LIST_RUN_EVENTS_FIELD_NUMBER: _builtins.int
+    CANCEL_RUN_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    call: _builtins.int
+    """Which call."""
+    last: _builtins.bool
+    """Whether this ends the call."""
+    @_builtins.property
+    def run_update(self) -> Global___RunUpdate:
+        """Of a call that was opened by start_run, continue_run or watch_run."""
+
+    @_builtins.property
+    def get_run(self) -> Global___GetRunResponse:
+        """Answers get_run."""
+
+    @_builtins.property
+    def list_runs(self) -> Global___ListRunsResponse:
+        """Answers list_runs."""
+
+    @_builtins.property
+    def list_run_events(self) -> Global___ListRunEventsResponse:
+        """Answers list_run_events."""
+
+    @_builtins.property
+    def cancel_run(self) -> Global___CancelRunResponse:
+        """Answers cancel_run."""
+
+    @_builtins.property
+    def error(self) -> _status_pb2.Status:
+        """Why the call failed; with `last`."""
+
+    def __init__(
+        self,
+        *,
+        call: _builtins.int = ...,
+        last: _builtins.bool = ...,
+        run_update: Global___RunUpdate | None = ...,
+        get_run: Global___GetRunResponse | None = ...,
+        list_runs: Global___ListRunsResponse | None = ...,
+        list_run_events: Global___ListRunEventsResponse | None = ...,
+        cancel_run: Global___CancelRunResponse | None = ...,
+        error: _status_pb2.Status | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel_run", b"cancel_run", "error", b"error", "get_run", b"get_run", "list_run_events", b"list_run_events", "list_runs", b"list_runs", "result", b"result", "run_update", b"run_update"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "cancel_run", b"cancel_run", "error", b"error", "get_run", b"get_run", "last", b"last", "list_run_events", b"list_run_events", "list_runs", b"list_runs", "result", b"result", "run_update", b"run_update"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["run_update", "get_run", "list_runs", "list_run_events", "cancel_run", "error"]  # noqa: Y015
+    _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
+
+Global___SessionUpdate: _TypeAlias = SessionUpdate  # noqa: Y015

@@ -70,6 +70,11 @@ class RunServiceStub:
                 request_serializer=acp_dot_runs_dot_v1_dot_run__service__pb2.CancelRunRequest.SerializeToString,
                 response_deserializer=acp_dot_runs_dot_v1_dot_run__service__pb2.CancelRunResponse.FromString,
                 _registered_method=True)
+        self.Session = channel.stream_stream(
+                '/acp.runs.v1.RunService/Session',
+                request_serializer=acp_dot_runs_dot_v1_dot_run__service__pb2.SessionRequest.SerializeToString,
+                response_deserializer=acp_dot_runs_dot_v1_dot_run__service__pb2.SessionResponse.FromString,
+                _registered_method=True)
 
 
 class RunServiceServicer:
@@ -129,6 +134,40 @@ class RunServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Session(self, request_iterator, context):
+        """Many calls over one stream, for a caller that makes many: a message and a call are what costs, and one message
+        carries what many calls have ready. The operations, their requests, errors and guarantees are those above.
+
+        The stream. Its metadata holds `authorization`; the organization comes with each command. The service's first
+        response holds `limits` alone. The caller sends batches of commands, the service batches of updates, each in
+        any order of calls; neither side waits for the other. The caller ends the session by closing its side: calls that
+        are open then are stopped. When the stream ends in any other way (a connection or a process was lost, or the
+        service is stopping, which ends it with OK), nothing is known of what was under way: open another
+        session and ask again. Runs go on without a session.
+
+        A call. A command with an operation opens the call of its number. The service answers with updates under the same
+        number, in the order in which things happened, and ends the call with exactly one that has `last`; its number is
+        not used again. StartRun, ContinueRun and WatchRun give any number of `run_update`, the others exactly one answer.
+        An error ends the call, never the session: `error` is the google.rpc.Status that the plain RPC would have ended
+        with. A caller that loses interest sends `stop`, and drops what was under way to it.
+
+        Asking again. GetRun, ListRuns, ListRunEvents and CancelRun are safe to repeat. StartRun and ContinueRun are, with
+        the same `request_id`: what was accepted is answered, from the turn's first event. WatchRun goes on after the last
+        sequence that came.
+
+        Slow readers. The service sends at most `limits.window_updates` run updates of a call ahead of the
+        caller's `acknowledge`. A call that is not acknowledged waits, holds up no other, and misses nothing: it
+        goes on from the store.
+
+        Limits. At most `limits.max_calls` calls are open at once; one more is RESOURCE_EXHAUSTED
+        (SESSION_FULL) with RetryInfo. A message of either side holds at most `limits.max_message_bytes`. A command without
+        an operation, with the number of an open call, or a call number below 1 ends the session with INVALID_ARGUMENT;
+        one that is about a call that has ended is ignored: it may have ended meanwhile.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RunServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -166,6 +205,11 @@ def add_RunServiceServicer_to_server(servicer, server):
                     servicer.CancelRun,
                     request_deserializer=acp_dot_runs_dot_v1_dot_run__service__pb2.CancelRunRequest.FromString,
                     response_serializer=acp_dot_runs_dot_v1_dot_run__service__pb2.CancelRunResponse.SerializeToString,
+            ),
+            'Session': grpc.stream_stream_rpc_method_handler(
+                    servicer.Session,
+                    request_deserializer=acp_dot_runs_dot_v1_dot_run__service__pb2.SessionRequest.FromString,
+                    response_serializer=acp_dot_runs_dot_v1_dot_run__service__pb2.SessionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -358,6 +402,33 @@ class RunService:
             '/acp.runs.v1.RunService/CancelRun',
             acp_dot_runs_dot_v1_dot_run__service__pb2.CancelRunRequest.SerializeToString,
             acp_dot_runs_dot_v1_dot_run__service__pb2.CancelRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Session(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/acp.runs.v1.RunService/Session',
+            acp_dot_runs_dot_v1_dot_run__service__pb2.SessionRequest.SerializeToString,
+            acp_dot_runs_dot_v1_dot_run__service__pb2.SessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -46,6 +46,36 @@ class RunServiceStub:
     """Cancels every open turn of a run. Written down before the agent is told, so it holds; the answer shows
     the true outcome, which is the earlier one when the turn had ended first. Idempotent.
     """
+    Session: _aio.StreamStreamMultiCallable[_run_service_pb2.SessionRequest, _run_service_pb2.SessionResponse]
+    """Many calls over one stream, for a caller that makes many: a message and a call are what costs, and one message
+    carries what many calls have ready. The operations, their requests, errors and guarantees are those above.
+
+    The stream. Its metadata holds `authorization`; the organization comes with each command. The service's first
+    response holds `limits` alone. The caller sends batches of commands, the service batches of updates, each in
+    any order of calls; neither side waits for the other. The caller ends the session by closing its side: calls that
+    are open then are stopped. When the stream ends in any other way (a connection or a process was lost, or the
+    service is stopping, which ends it with OK), nothing is known of what was under way: open another
+    session and ask again. Runs go on without a session.
+
+    A call. A command with an operation opens the call of its number. The service answers with updates under the same
+    number, in the order in which things happened, and ends the call with exactly one that has `last`; its number is
+    not used again. StartRun, ContinueRun and WatchRun give any number of `run_update`, the others exactly one answer.
+    An error ends the call, never the session: `error` is the google.rpc.Status that the plain RPC would have ended
+    with. A caller that loses interest sends `stop`, and drops what was under way to it.
+
+    Asking again. GetRun, ListRuns, ListRunEvents and CancelRun are safe to repeat. StartRun and ContinueRun are, with
+    the same `request_id`: what was accepted is answered, from the turn's first event. WatchRun goes on after the last
+    sequence that came.
+
+    Slow readers. The service sends at most `limits.window_updates` run updates of a call ahead of the
+    caller's `acknowledge`. A call that is not acknowledged waits, holds up no other, and misses nothing: it
+    goes on from the store.
+
+    Limits. At most `limits.max_calls` calls are open at once; one more is RESOURCE_EXHAUSTED
+    (SESSION_FULL) with RetryInfo. A message of either side holds at most `limits.max_message_bytes`. A command without
+    an operation, with the number of an open call, or a call number below 1 ends the session with INVALID_ARGUMENT;
+    one that is about a call that has ended is ignored: it may have ended meanwhile.
+    """
 
 class RunServiceServicer(metaclass=_abc_1.ABCMeta):
     """Runs, their turns and their event log."""
@@ -111,6 +141,42 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_run_service_pb2.CancelRunResponse]:
         """Cancels every open turn of a run. Written down before the agent is told, so it holds; the answer shows
         the true outcome, which is the earlier one when the turn had ended first. Idempotent.
+        """
+
+    @_abc_1.abstractmethod
+    def Session(
+        self,
+        request_iterator: _abc.AsyncIterator[_run_service_pb2.SessionRequest],
+        context: _aio.ServicerContext[_abc.AsyncIterator[_run_service_pb2.SessionRequest], _abc.AsyncIterator[_run_service_pb2.SessionResponse]],
+    ) -> _abc.AsyncIterator[_run_service_pb2.SessionResponse]:
+        """Many calls over one stream, for a caller that makes many: a message and a call are what costs, and one message
+        carries what many calls have ready. The operations, their requests, errors and guarantees are those above.
+
+        The stream. Its metadata holds `authorization`; the organization comes with each command. The service's first
+        response holds `limits` alone. The caller sends batches of commands, the service batches of updates, each in
+        any order of calls; neither side waits for the other. The caller ends the session by closing its side: calls that
+        are open then are stopped. When the stream ends in any other way (a connection or a process was lost, or the
+        service is stopping, which ends it with OK), nothing is known of what was under way: open another
+        session and ask again. Runs go on without a session.
+
+        A call. A command with an operation opens the call of its number. The service answers with updates under the same
+        number, in the order in which things happened, and ends the call with exactly one that has `last`; its number is
+        not used again. StartRun, ContinueRun and WatchRun give any number of `run_update`, the others exactly one answer.
+        An error ends the call, never the session: `error` is the google.rpc.Status that the plain RPC would have ended
+        with. A caller that loses interest sends `stop`, and drops what was under way to it.
+
+        Asking again. GetRun, ListRuns, ListRunEvents and CancelRun are safe to repeat. StartRun and ContinueRun are, with
+        the same `request_id`: what was accepted is answered, from the turn's first event. WatchRun goes on after the last
+        sequence that came.
+
+        Slow readers. The service sends at most `limits.window_updates` run updates of a call ahead of the
+        caller's `acknowledge`. A call that is not acknowledged waits, holds up no other, and misses nothing: it
+        goes on from the store.
+
+        Limits. At most `limits.max_calls` calls are open at once; one more is RESOURCE_EXHAUSTED
+        (SESSION_FULL) with RetryInfo. A message of either side holds at most `limits.max_message_bytes`. A command without
+        an operation, with the number of an open call, or a call number below 1 ends the session with INVALID_ARGUMENT;
+        one that is about a call that has ended is ignored: it may have ended meanwhile.
         """
 
 def add_RunServiceServicer_to_server(servicer: RunServiceServicer, server: _aio.Server) -> None: ...

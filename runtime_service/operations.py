@@ -1,0 +1,224 @@
+"""The operations of RunService for one caller's organization, whichever door they come through.
+
+Requests are the contract's messages, answers too; what a run goes through comes as `RunNews`, which a door
+puts into its own messages. Policy is in the executor, rules in `validation`. Knows no gRPC call.
+"""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import NamedTuple
+
+import msgspec
+
+from protos.acp.runs.v1 import run_pb2 as pb
+from protos.acp.runs.v1 import run_service_pb2 as rpc
+from runtime_service.convert import add_events, fill_run, fill_thread, fill_update, run_mode, run_status
+from runtime_service.errors import InvalidRequest
+from runtime_service.event_log import BATCH_BYTES, BATCH_EVENTS, EventLog, FollowOptions, Update
+from runtime_service.executor import Executor
+from runtime_service.registry import Registry, Server
+from runtime_service.runs import TERMINAL, Run, RunMode, RunStatus, new_run_id, now_ms
+from runtime_service.store.base import Change, NewRun, NewTurn, RunStore
+from runtime_service.validation import RequestLimits, checked_input, checked_metadata, checked_title
+
+_MAX_PAGE = 200
+_DEFAULT_PAGE = 50
+
+
+class RunNews(NamedTuple):
+    """An update of a run; `run` names the run, in whatever state it was read."""
+
+    run: Run
+    update: Update
+    session_protocol: str
+
+    def fill(self, message: rpc.RunUpdate) -> None:
+        """Put it into a message, in place: a message that is put into another is copied."""
+        fill_update(message, *self)
+
+
+class Operations:
+    """See run_service.proto. Every method may raise RunServiceError, the streaming ones when they are iterated."""
+
+    def __init__(
+        self,
+        store: RunStore,
+        executor: Executor,
+        event_log: EventLog,
+        registry: Registry,
+        limits: RequestLimits,
+    ) -> None:
+        self._store = store
+        self._executor = executor
+        self._event_log = event_log
+        self._registry = registry
+        self._limits = limits
+
+    async def start_run(self, organization: str, request: rpc.StartRunRequest) -> AsyncGenerator[RunNews]:
+        """Accept a run; in mode sync follow its first turn."""
+        server = self._server(organization, request.server)
+        new = NewRun(
+            id=new_run_id(),
+            organization=server.organization,
+            server_id=server.id,
+            input=checked_input(request.input, self._limits),
+            mode=run_mode(request.mode),
+            created_at_ms=now_ms(),
+            title=checked_title(request.title, self._limits),
+            metadata=checked_metadata(request.metadata_json, self._limits),
+        )
+        options = _turn_options(request.stream)
+        with self._event_log.held(new.id):
+            change = await self._executor.start_run(new, server)
+            async with aclosing(self._follow_turn(change, new.mode, options)) as updates:
+                async for update in updates:
+                    yield RunNews(change.run, update, server.agent.session_protocol)
+
+    async def continue_run(self, organization: str, request: rpc.ContinueRunRequest) -> AsyncGenerator[RunNews]:
+        """Open a run's next turn; in mode sync follow it."""
+        server = self._server(organization, request.server)
+        new = NewTurn(
+            organization=server.organization,
+            server_id=server.id,
+            run_id=request.run_id,
+            input=checked_input(request.input, self._limits),
+            mode=run_mode(request.mode),
+            created_at_ms=now_ms(),
+            metadata=checked_metadata(request.metadata_json, self._limits),
+        )
+        options = _turn_options(request.stream)
+        with self._event_log.held(new.run_id):
+            change = await self._executor.continue_run(new, server)
+            async with aclosing(self._follow_turn(change, new.mode, options)) as updates:
+                async for update in updates:
+                    yield RunNews(change.run, update, server.agent.session_protocol)
+
+    async def watch_run(self, organization: str, request: rpc.WatchRunRequest) -> AsyncGenerator[RunNews]:
+        """Replay after a sequence, then follow."""
+        server = self._server(organization, request.server)
+        run = await self._run(server, request.run_id)
+        if not 0 <= request.turn <= run.last_turn:
+            raise InvalidRequest("turn", f"must be a turn of the run: 1 to {run.last_turn}")
+        options = FollowOptions(
+            turn=request.turn or None,
+            deltas=request.stream.deltas,
+            wait_seconds=_wait_seconds(request.stream.wait_ms, "stream.wait_ms"),
+        )
+        after = _checked_after(request.after_sequence)
+        async with aclosing(self._event_log.follow(run, after, options)) as updates:
+            async for update in updates:
+                yield RunNews(run, update, server.agent.session_protocol)
+
+    async def get_run(self, organization: str, request: rpc.GetRunRequest) -> rpc.GetRunResponse:
+        """Return one run."""
+        server = self._server(organization, request.server)
+        run = await self._run(server, request.run_id)
+        answer = rpc.GetRunResponse()
+        fill_run(answer.run, run, server.agent.session_protocol)
+        fill_thread(answer.thread, run)
+        return answer
+
+    async def list_runs(self, organization: str, request: rpc.ListRunsRequest) -> rpc.ListRunsResponse:
+        """Return a page of runs, newest first."""
+        server = self._server(organization, request.server)
+        page = await self._store.list_runs(
+            server.organization,
+            server.id,
+            status=_checked_status(request.status),
+            token=request.page_token or None,
+            limit=_page_size(request.page_size, _DEFAULT_PAGE, _MAX_PAGE),
+        )
+        answer = rpc.ListRunsResponse(next_page_token=page.next_token or "", agent_runtime_id=server.id)
+        for run in page.runs:
+            fill_run(answer.runs.add(), run, server.agent.session_protocol)
+            fill_thread(answer.threads.add(), run)
+        return answer
+
+    async def list_run_events(self, organization: str, request: rpc.ListRunEventsRequest) -> rpc.ListRunEventsResponse:
+        """Return a page of a run's log."""
+        server = self._server(organization, request.server)
+        after = _checked_after(request.after_sequence)
+        wait_seconds = _wait_seconds(request.wait_ms, "wait_ms")
+        limit = _page_size(request.page_size, BATCH_EVENTS, BATCH_EVENTS)
+        run = await self._run(server, request.run_id)
+        if wait_seconds is not None and after >= run.last_sequence and run.status not in TERMINAL:
+            run = await self._wait_for_event(run, after, wait_seconds)
+        events = await self._store.read_events(run.id, after, limit, BATCH_BYTES)
+        # The page must not show more than the run that it comes with.
+        events = [event for event in events if event.sequence <= run.last_sequence]
+        reached = events[-1].sequence if events else after
+        answer = rpc.ListRunEventsResponse(has_more=reached < run.last_sequence)
+        fill_run(answer.run, run, server.agent.session_protocol)
+        fill_thread(answer.thread, run)
+        add_events(answer.events, run, events)
+        return answer
+
+    async def cancel_run(self, organization: str, request: rpc.CancelRunRequest) -> rpc.CancelRunResponse:
+        """Cancel every open turn of a run."""
+        server = self._server(organization, request.server)
+        change = await self._executor.cancel_run(server.organization, server.id, request.run_id)
+        answer = rpc.CancelRunResponse()
+        fill_run(answer.run, change.run, server.agent.session_protocol)
+        fill_thread(answer.thread, change.run)
+        add_events(answer.events, change.run, change.events)
+        return answer
+
+    def _follow_turn(self, change: Change, mode: RunMode, options: FollowOptions) -> AsyncGenerator[Update]:
+        """Follow the turn that was accepted, from its user event on; in mode async tell of its acceptance only."""
+        if mode is RunMode.ASYNC:
+            return _accepted(change)
+        run = change.run
+        options = msgspec.structs.replace(options, turn=run.turn.number)
+        return self._event_log.follow(run, run.turn.first_sequence - 1, options)
+
+    async def _run(self, server: Server, run_id: str) -> Run:
+        return await self._store.get_run(server.organization, server.id, run_id)
+
+    async def _wait_for_event(self, run: Run, after: int, wait_seconds: float) -> Run:
+        options = FollowOptions(wait_seconds=wait_seconds)
+        async with aclosing(self._event_log.follow(run, after, options)) as updates:
+            async for update in updates:
+                if update.events:
+                    break
+        return await self._store.get_run(run.organization, run.server_id, run.id)
+
+    def _server(self, organization: str, reference: rpc.ServerReference) -> Server:
+        return self._registry.resolve(organization, reference.id, connected=reference.connected)
+
+
+async def _accepted(change: Change) -> AsyncGenerator[Update]:
+    # As it was accepted, queued or running, also when it has ended since.
+    yield Update(change.run, change.events)
+
+
+def _turn_options(stream: rpc.StreamOptions) -> FollowOptions:
+    return FollowOptions(
+        deltas=stream.deltas,
+        collect=stream.collect,
+        wait_seconds=_wait_seconds(stream.wait_ms, "stream.wait_ms"),
+    )
+
+
+def _page_size(asked: int, default: int, most: int) -> int:
+    if asked < 0:
+        raise InvalidRequest("page_size", "must not be negative")
+    return min(asked or default, most)
+
+
+def _checked_status(status: "pb.RunStatus.ValueType") -> RunStatus | None:
+    known = run_status(status)
+    if known is None and status != pb.RUN_STATUS_UNSPECIFIED:
+        raise InvalidRequest("status", "is not a status that is known here")
+    return known
+
+
+def _checked_after(sequence: int) -> int:
+    if sequence < 0:
+        raise InvalidRequest("after_sequence", "must not be negative")
+    return sequence
+
+
+def _wait_seconds(wait_ms: int, field: str) -> float | None:
+    if wait_ms < 0:
+        raise InvalidRequest(field, "must not be negative")
+    return wait_ms / 1000 if wait_ms else None

@@ -1,0 +1,252 @@
+"""`RunService.Session`: many calls over one stream. run_service.proto says what a caller may rely on.
+
+A call is a task that puts what it has into the session's outbox; one writer sends what is there, as much at once as
+a message should hold. A call has one item there at most, so that all get their turn. Nothing is queued for a caller
+who reads slowly: its calls wait for `acknowledge`, as cursors into the log.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from contextlib import aclosing
+from functools import partial
+from typing import Any, TypeAlias
+
+import grpc
+import msgspec
+
+from protos.acp.runs.v1 import run_service_pb2 as rpc
+from runtime_service.errors import InvalidRequest, SessionFull
+from runtime_service.operations import Operations, RunNews
+from runtime_service.rpc_errors import status_for
+
+_Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+# What one message should hold, in bytes, about: small enough that a caller is not long at work on it.
+_MESSAGE_BYTES = 1 << 16
+_EVENT_BYTES = 100  # of an event beside its content, about
+_CLOSING_SECONDS = 1.0
+_FOLLOWS = ("start_run", "continue_run", "watch_run")
+_Fill: TypeAlias = Callable[[rpc.SessionUpdate], None]
+
+
+class SessionLimits(msgspec.Struct, frozen=True):
+    """What a session holds its caller to; see SessionLimits in run_service.proto."""
+
+    max_calls: int = 10_000
+    window_updates: int = 8
+
+
+class _Call:
+    """A call; what it has to say is made into a message by `fill` when it is sent."""
+
+    __slots__ = ("fill", "last", "number", "room", "size", "stopped", "task", "unacknowledged", "waits")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.task: asyncio.Task[None] | None = None
+        self.waits = False  # in the outbox
+        self.fill: _Fill | None = None
+        self.size = 0  # of what `fill` makes, in bytes, about
+        self.last = False
+        self.unacknowledged = 0
+        self.room: asyncio.Future[None] | None = None  # set where the call may go on
+        self.stopped = False
+
+
+class Sessions:
+    """All sessions of this process."""
+
+    def __init__(self, operations: Operations, limits: SessionLimits, max_message_bytes: int) -> None:
+        self._operations = operations
+        self._limits = limits
+        self._max_message_bytes = max_message_bytes
+        self._closing = asyncio.Event()
+
+    async def serve(self, context: _Context) -> None:
+        """Serve one session to its end. Raises InvalidRequest when the caller breaks its rules."""
+        hello = rpc.SessionResponse()
+        hello.limits.max_calls = self._limits.max_calls
+        hello.limits.window_updates = self._limits.window_updates
+        hello.limits.max_message_bytes = self._max_message_bytes
+        await context.write(hello)
+        await _Session(self._operations, self._limits, context).serve(self._closing)
+
+    def close(self) -> None:
+        """End every session once its calls have ended, which by now they are about to."""
+        self._closing.set()
+
+
+class _Session:
+    def __init__(self, operations: Operations, limits: SessionLimits, context: _Context) -> None:
+        self._operations = operations
+        self._limits = limits
+        self._context = context
+        self._loop = asyncio.get_running_loop()
+        self._calls: dict[int, _Call] = {}
+        self._outbox: deque[_Call] = deque()
+        self._wake: asyncio.Future[None] | None = None  # of the writer, while it has nothing to send
+        self._finished: asyncio.Future[None] | None = None  # awaited: the outbox is empty
+
+    async def serve(self, closing: asyncio.Event) -> None:
+        tasks = [asyncio.create_task(part) for part in (self._read(), self._write(), closing.wait())]
+        reader, writer, _ = tasks
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if reader.done() or writer.done():
+                (reader if reader.done() else writer).result()
+            else:
+                await self._finish(writer)
+        finally:
+            for call in list(self._calls.values()):
+                self._stop(call)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _finish(self, writer: asyncio.Task[Any]) -> None:
+        """Let the calls end that are open, and send what they say."""
+        calls = [call.task for call in self._calls.values() if call.task is not None]
+        if calls:
+            await asyncio.wait(calls, timeout=_CLOSING_SECONDS)
+        if self._outbox:
+            self._finished = self._loop.create_future()
+            await asyncio.wait([self._finished, writer], timeout=_CLOSING_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+
+    async def _read(self) -> None:
+        while (request := await self._context.read()) is not grpc.aio.EOF:
+            for command in request.commands:
+                self._take(command)
+
+    def _take(self, command: rpc.SessionCommand) -> None:
+        operation = command.WhichOneof("operation")
+        call = self._calls.get(command.call)
+        if operation == "stop":
+            if call is not None:
+                self._stop(call)
+        elif operation == "acknowledge":
+            if call is not None:
+                call.unacknowledged = max(0, call.unacknowledged - command.acknowledge.updates)
+                _go_on(call)
+        elif operation is None:
+            raise InvalidRequest("commands.operation", "must be set to one that is known here")
+        elif call is not None or command.call < 1:
+            raise InvalidRequest("commands.call", "must be above 0 and not that of an open call")
+        else:
+            self._open(command, operation)
+
+    def _open(self, command: rpc.SessionCommand, operation: str) -> None:
+        call = _Call(command.call)
+        if len(self._calls) >= self._limits.max_calls:
+            self._fail(call, SessionFull(self._limits.max_calls), command)
+            return
+        self._calls[call.number] = call
+        serve = self._follow if operation in _FOLLOWS else self._answer
+        call.task = self._loop.create_task(serve(call, command, operation))
+
+    def _stop(self, call: _Call) -> None:
+        self._calls.pop(call.number, None)
+        call.stopped = True
+        if call.task is not None:
+            call.task.cancel()
+
+    # Calls
+
+    async def _follow(self, call: _Call, command: rpc.SessionCommand, operation: str) -> None:
+        """Send what a run goes through, as fast as the caller takes it in."""
+        try:
+            follow = getattr(self._operations, operation)
+            async with aclosing(follow(_organization(command), getattr(command, operation))) as news:
+                async for item in news:
+                    while call.waits or call.unacknowledged >= self._limits.window_updates:
+                        call.room = self._loop.create_future()
+                        await call.room
+                    call.unacknowledged += 1
+                    self._put(call, partial(_fill_news, item), _size(item))
+            call.last = True
+            if not call.waits:
+                self._put(call, None, 0)
+        except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
+            while call.waits:
+                call.room = self._loop.create_future()
+                await call.room
+            self._fail(call, error, command)
+        finally:
+            self._calls.pop(call.number, None)
+
+    async def _answer(self, call: _Call, command: rpc.SessionCommand, operation: str) -> None:
+        """Send the one answer of an operation."""
+        try:
+            ask = getattr(self._operations, operation)
+            answer = await ask(_organization(command), getattr(command, operation))
+            call.last = True
+            self._put(call, lambda update: getattr(update, operation).CopyFrom(answer), answer.ByteSize())
+        except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
+            self._fail(call, error, command)
+        finally:
+            self._calls.pop(call.number, None)
+
+    def _fail(self, call: _Call, error: Exception, command: rpc.SessionCommand) -> None:
+        status = status_for(error, command.correlation_id, command.traceparent)
+        call.last = True
+        self._put(call, lambda update: update.error.CopyFrom(status), status.ByteSize())
+
+    # The outbox
+
+    def _put(self, call: _Call, fill: _Fill | None, size: int) -> None:
+        call.fill, call.size = fill, size
+        call.waits = True
+        self._outbox.append(call)
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+    async def _write(self) -> None:
+        while True:
+            if not self._outbox:
+                if self._finished is not None and not self._finished.done():
+                    self._finished.set_result(None)
+                self._wake = self._loop.create_future()
+                await self._wake
+                self._wake = None
+            response = self._next_response()
+            if response.updates:
+                await self._context.write(response)
+
+    def _next_response(self) -> rpc.SessionResponse:
+        response = rpc.SessionResponse()
+        size = 0
+        while self._outbox and size < _MESSAGE_BYTES:
+            call = self._outbox.popleft()
+            call.waits = False
+            if call.stopped:
+                continue
+            update = response.updates.add()
+            update.call = call.number
+            if call.last:
+                update.last = True
+            if call.fill is not None:
+                call.fill(update)
+                call.fill = None
+            size += call.size
+            _go_on(call)
+        return response
+
+
+def _go_on(call: _Call) -> None:
+    if call.room is not None and not call.room.done():
+        call.room.set_result(None)
+
+
+def _organization(command: rpc.SessionCommand) -> str:
+    if not command.organization:
+        raise InvalidRequest("organization", "must be set")
+    return command.organization
+
+
+def _fill_news(news: RunNews, update: rpc.SessionUpdate) -> None:
+    news.fill(update.run_update)
+
+
+def _size(news: RunNews) -> int:
+    run = news.update.run
+    size = 0 if run is None else len(run.turn.input) + len(run.turn.output or "")
+    return size + sum([len(event.content) + _EVENT_BYTES for event in news.update.events])
