@@ -77,7 +77,8 @@ class RunClient:
         self._metadata = (("authorization", f"Bearer {service_token}"),)
         self._session = Session(self._open_stream, max_calls, reconnect_seconds)
         # Ids of requests: unlike any other gateway's, and in the order in which they were made.
-        self._request_ids = (f"{secrets.token_hex(8)}-{number:010x}" for number in itertools.count(1))
+        prefix = secrets.token_hex(8)
+        self._request_ids = (f"{prefix}-{number:010x}" for number in itertools.count(1))
 
     def start(self) -> None:
         """Connect, and stay connected."""

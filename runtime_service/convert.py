@@ -73,10 +73,13 @@ def fill_thread(message: pb.Thread, run: Run) -> None:
 
 def add_events(messages: MessageList[pb.RunEvent], run: Run, events: Iterable[RunEvent]) -> None:
     """Add events of the run's log to a list of messages."""
+    prefix = run.event_id_prefix
+    add = messages.add
     for event in events:
-        message = messages.add()
-        message.id = run.event_id(event.sequence)
-        message.sequence = event.sequence
+        message = add()
+        sequence = event.sequence
+        message.id = f"{prefix}{sequence}"
+        message.sequence = sequence
         message.turn = event.turn
         message.role = _ROLE[event.role]
         message.content = event.content

@@ -133,9 +133,10 @@ class Run(msgspec.Struct, frozen=True):
         """A run has one thread, made with it and named alike."""
         return "thread_" + self.id.removeprefix("run_")
 
-    def event_id(self, sequence: int) -> str:
-        """Return the id of the event at `sequence`: unique, and the same at every reading."""
-        return f"event_{self.id.removeprefix('run_')}_{sequence}"
+    @property
+    def event_id_prefix(self) -> str:
+        """What the id of each event begins with, its sequence following: unique, and the same at every reading."""
+        return f"event_{self.id.removeprefix('run_')}_"
 
 
 def new_run_id() -> str:
