@@ -54,6 +54,15 @@ def shown(name: str) -> str:
     return repr(name if len(name) <= _NAME_CHARACTERS else name[:_NAME_CHARACTERS] + "…")
 
 
+class RequestIdReused(RunServiceError):
+    """The id of a request is that of one that asked for something else."""
+
+    reason = "IDEMPOTENCY_KEY_REUSED"
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"The request id {shown(request_id)} was used for another server, run or operation.")
+
+
 class CapacityExceeded(RunServiceError):
     """The queue is full."""
 

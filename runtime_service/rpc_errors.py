@@ -25,6 +25,7 @@ _STATUS: dict[type[errors.RunServiceError], grpc.StatusCode] = {
     errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     errors.ServerNotFound: grpc.StatusCode.NOT_FOUND,
     errors.RunNotFound: grpc.StatusCode.NOT_FOUND,
+    errors.RequestIdReused: grpc.StatusCode.ALREADY_EXISTS,
     errors.CapacityExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.SessionFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.AgentUnavailable: grpc.StatusCode.UNAVAILABLE,

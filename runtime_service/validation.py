@@ -7,6 +7,9 @@ import msgspec
 from runtime_service.errors import InvalidRequest
 
 
+_REQUEST_ID_CHARACTERS = 255
+
+
 class RequestLimits(msgspec.Struct, frozen=True):
     """Sizes: title in characters, the others in bytes of UTF-8."""
 
@@ -49,6 +52,13 @@ def checked_metadata(text: bytes, limits: RequestLimits) -> bytes | None:
     if not isinstance(value, dict):
         raise InvalidRequest("metadata_json", "must be a JSON object")
     return text
+
+
+def checked_request_id(request_id: str) -> str | None:
+    """Return the id, None when it is empty. Raises InvalidRequest unless it is printable ASCII and fits."""
+    if len(request_id) > _REQUEST_ID_CHARACTERS or not (request_id.isascii() and request_id.isprintable()):
+        raise InvalidRequest("request_id", f"must be at most {_REQUEST_ID_CHARACTERS} printable ASCII characters")
+    return request_id or None
 
 
 def _refuse(constant: str) -> None:

@@ -28,6 +28,7 @@ CASES: list[tuple[errors.RunServiceError, grpc.StatusCode, str]] = [
     (errors.ServerNotFound("There is no such."), grpc.StatusCode.NOT_FOUND, "SERVER_NOT_FOUND"),
     (errors.RunNotFound("run_1"), grpc.StatusCode.NOT_FOUND, "RUN_NOT_FOUND"),
     (errors.CapacityExceeded("Full.", 1.5), grpc.StatusCode.RESOURCE_EXHAUSTED, "CAPACITY_EXCEEDED"),
+    (errors.RequestIdReused("once"), grpc.StatusCode.ALREADY_EXISTS, "IDEMPOTENCY_KEY_REUSED"),
     (errors.SessionFull(3), grpc.StatusCode.RESOURCE_EXHAUSTED, "SESSION_FULL"),
     (errors.AgentUnavailable("Install it."), grpc.StatusCode.UNAVAILABLE, "AGENT_UNAVAILABLE"),
     (errors.StoreUnavailable("The disk is full."), grpc.StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE"),

@@ -184,8 +184,9 @@ class StartRunRequest(_message.Message):
     """A JSON object as UTF-8 text, at most 16 KiB; may be empty."""
     request_id: _builtins.str
     """Makes the request safe to repeat (AIP-155): another with the same id and organization starts nothing, and is
-    answered with what the first one started. At most 255 characters, kept for at least 24 hours; empty: each request
-    starts a run. ALREADY_EXISTS (IDEMPOTENCY_KEY_REUSED) when the id was used for another server, run or operation.
+    answered with what the first one started. At most 255 printable ASCII characters, known for as long as the run;
+    empty: each request starts a run. ALREADY_EXISTS (IDEMPOTENCY_KEY_REUSED) when the id was used for another
+    server, run or operation.
     """
     @_builtins.property
     def server(self) -> Global___ServerReference:
