@@ -250,17 +250,22 @@ class Executor:
         execution = Execution(run, server, self._store, live, self._publish)
         self._executions[run.id] = execution
         task = self._tasks[execution] = asyncio.create_task(execution.execute())
-        # An agent that its turn's limit does not end loses the turn all the same.
-        seconds = server.turn_timeout_seconds + self._limits.cancel_grace_seconds
-        overdue = asyncio.get_running_loop().call_later(seconds, self._on_overdue, execution)
-        task.add_done_callback(partial(self._on_end, execution, overdue))
+        limit = asyncio.get_running_loop().call_later(server.turn_timeout_seconds, self._on_limit, execution, task)
+        task.add_done_callback(partial(self._on_end, execution, limit))
         return execution
 
-    def _on_end(self, execution: Execution, overdue: asyncio.TimerHandle, task: asyncio.Task[None]) -> None:
-        overdue.cancel()
+    def _on_end(self, execution: Execution, limit: asyncio.TimerHandle, task: asyncio.Task[None]) -> None:
+        limit.cancel()
         if not task.cancelled() and (error := task.exception()) is not None:
             self._settle_outside(execution, execution.unexpected(error))
         self._forget(execution)
+
+    def _on_limit(self, execution: Execution, task: asyncio.Task[None]) -> None:
+        execution.expire()
+        # An agent that its turn's limit does not end loses the turn all the same.
+        grace = self._limits.cancel_grace_seconds
+        overdue = asyncio.get_running_loop().call_later(grace, self._on_overdue, execution)
+        task.add_done_callback(lambda _: overdue.cancel())
 
     def _on_overdue(self, execution: Execution) -> None:
         self._settle_outside(execution, execution.timed_out())
