@@ -457,9 +457,11 @@ def _known(kind: type[_Word], word: str) -> _Word:
 
 def _event_from(output: Message | Log | ToolCall | ToolResult) -> EventDraft:
     at = now_ms()
+    if isinstance(output, Message):
+        return EventDraft(
+            _known(EventRole, output.role), _storable(output.content), at, None, None, _json(output.metadata)
+        )
     match output:
-        case Message(content, metadata, role):
-            return EventDraft(_known(EventRole, role), _storable(content), at, metadata=_json(metadata))
         case Log(content, level, log_type, metadata):
             log_type = None if log_type is None else _storable(log_type)
             level = _known(LogLevel, level)

@@ -149,14 +149,23 @@ class Executor:
     async def _accepted(self, write: Awaitable[Change], claim: bool, execution: Execution | None = None) -> Change:
         accepted = asyncio.ensure_future(write)
         self._admitting.add(accepted)
-        accepted.add_done_callback(partial(self._on_accepted, claim=claim, execution=execution))
-        return await asyncio.shield(accepted)
+        # The caller waits for another future than the store's: its cancel is not the write's.
+        told: asyncio.Future[Change] = asyncio.get_running_loop().create_future()
+        accepted.add_done_callback(partial(self._on_accepted, claim, execution, told))
+        return await told
 
-    def _on_accepted(self, accepted: asyncio.Future[Change], claim: bool, execution: Execution | None) -> None:
+    def _on_accepted(
+        self,
+        claim: bool,
+        execution: Execution | None,
+        told: asyncio.Future[Change],
+        accepted: asyncio.Future[Change],
+    ) -> None:
         """A turn was stored, or not; `claim` says that room was reserved, `execution` is its early one."""
         self._admitting.discard(accepted)
         if not claim:
             self._queueing -= 1
+        _pass_on(accepted, told)
         if accepted.cancelled() or accepted.exception() is not None:
             if execution is not None:
                 execution.take_rest()
@@ -359,3 +368,15 @@ class Executor:
     def _may_repeat(self, server_id: str) -> bool:
         server = self._registry.executor_of(server_id)
         return server is not None and server.agent.repeatable
+
+
+def _pass_on(done: asyncio.Future[Change], told: asyncio.Future[Change]) -> None:
+    """Give a result to one who waits for it, if he still does."""
+    if told.done():
+        return
+    if done.cancelled():
+        told.cancel()
+    elif (error := done.exception()) is not None:
+        told.set_exception(error)
+    else:
+        told.set_result(done.result())

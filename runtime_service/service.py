@@ -67,7 +67,7 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
         options = _turn_options(request.stream)
         with self._event_log.held(new.id):
             change = await self._executor.start_run(new, server)
-            updates = self._follow_turn(change, new.mode, options)
+            updates = self._follow_turn(change, new.mode, options, collect=request.stream.collect)
             await _send(context, rpc.StartRunResponse, change.run, updates, server)
 
     async def ContinueRun(  # type: ignore[override]
@@ -87,7 +87,7 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
         options = _turn_options(request.stream)
         with self._event_log.held(new.run_id):
             change = await self._executor.continue_run(new, server)
-            updates = self._follow_turn(change, new.mode, options)
+            updates = self._follow_turn(change, new.mode, options, collect=request.stream.collect)
             await _send(context, rpc.ContinueRunResponse, change.run, updates, server)
 
     async def WatchRun(self, request: rpc.WatchRunRequest, context: _Context) -> None:  # type: ignore[override]
@@ -157,11 +157,15 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
             events=[event_message(change.run, event) for event in change.events],
         )
 
-    def _follow_turn(self, change: Change, mode: RunMode, options: FollowOptions) -> AsyncGenerator[Update]:
+    def _follow_turn(
+        self, change: Change, mode: RunMode, options: FollowOptions, *, collect: bool
+    ) -> AsyncGenerator[Update]:
         """Follow the turn that was accepted, from its user event on; in mode async tell of its acceptance only."""
         if mode is RunMode.ASYNC:
             return _accepted(change)
         run = change.run
+        if collect:
+            return self._event_log.collect(run, options.wait_seconds)
         options = msgspec.structs.replace(options, turn=run.turn.number)
         return self._event_log.follow(run, run.turn.first_sequence - 1, options)
 
@@ -198,7 +202,6 @@ async def _send(
 def _turn_options(stream: rpc.StreamOptions) -> FollowOptions:
     return FollowOptions(
         deltas=stream.deltas,
-        collect=stream.collect,
         wait_seconds=_wait_seconds(stream.wait_ms, "stream.wait_ms"),
     )
 
