@@ -19,6 +19,7 @@ import msgspec
 from runtime_service.agents import (
     AgentError,
     AgentOutput,
+    AgentSays,
     Delta,
     HistoryMessage,
     Log,
@@ -226,26 +227,28 @@ class Execution:
             self._task = None
         return Outcome(RunStatus.COMPLETED)
 
-    async def _listen(self, outputs: AsyncGenerator[AgentOutput]) -> None:
+    async def _listen(self, said: AsyncGenerator[AgentSays]) -> None:
         """Take what the agent says, to its end."""
-        said = self._said
         left = _MAX_UNSTORED_OUTPUTS
         try:
-            async for output in outputs:
-                if said and output.__class__ is Delta:
-                    # Behind another piece of this step: all of it is read at its end.
-                    said.append(output)
-                else:
-                    self._add(output)
-                    if self._pending_bytes >= _MAX_PENDING_BYTES:
-                        left = 1
-                left -= 1
-                if not left:
-                    # Also keeps an agent that never awaits from keeping the others from running.
-                    left = _MAX_UNSTORED_OUTPUTS
-                    await self._drain()
+            async for outputs in said:
+                if not isinstance(outputs, tuple):
+                    outputs = (outputs,)
+                for output in outputs:
+                    # Behind another piece of this step, a piece needs no look: all are read at the step's end.
+                    if self._said and output.__class__ is Delta:
+                        self._said.append(output)
+                    else:
+                        self._add(output)
+                        if self._pending_bytes >= _MAX_PENDING_BYTES:
+                            left = 1
+                    left -= 1
+                    if not left:
+                        # Also keeps an agent that never awaits from keeping the others from running.
+                        left = _MAX_UNSTORED_OUTPUTS
+                        await self._drain()
         finally:
-            await outputs.aclose()
+            await said.aclose()
         self._read_said()
         if self._refused is not None:
             raise self._refused

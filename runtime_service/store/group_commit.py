@@ -84,8 +84,7 @@ class GroupCommitWriter:
             self._waiting.append(_Asked(write, size, future, on_rows=on_rows))
             if not self._busy:
                 self._busy = True
-                # At the end of this turn of the loop, so that what else is asked for in it comes along.
-                self._loop.call_soon(self._write_batch)
+                self._loop.call_soon(self._write_soon)
         return future
 
     async def close(self) -> None:
@@ -107,6 +106,10 @@ class GroupCommitWriter:
             # The thread finds no transaction and begins again, one by one.
             self._roll_back()
         self._commits.put(batch)
+
+    def _write_soon(self) -> None:
+        # Behind the next turn of the loop: the tasks that began in this one get to ask for what they write.
+        self._loop.call_soon(self._write_batch)
 
     def _take_batch(self) -> list[_Asked]:
         """Take the oldest writes, as many as the loop and those behind them can wait for; at least one."""
@@ -179,7 +182,7 @@ class GroupCommitWriter:
             else:
                 asked.future.set_result(asked.result)
         if self._waiting:
-            self._loop.call_soon(self._write_batch)
+            self._loop.call_soon(self._write_soon)
         else:
             self._busy = False
             if self._closed is not None:
