@@ -133,7 +133,7 @@ class GroupCommitWriter:
             try:
                 asked.result = asked.write()
             except Exception as error:
-                if isinstance(error, apsw.Error) or (not asked.on_rows and connection.total_changes() != changes):
+                if isinstance(error, apsw.Error) or connection.total_changes() != changes:
                     raise
                 asked.result = error
         rows.write_out()

@@ -43,26 +43,27 @@ class _TurnRow:
 class RunningTurns:
     """The writes to new runs and running turns, each inside a transaction that ends with `write_out`.
 
-    Their exceptions, the database's apart, are raised before anything is changed.
+    Each raises an exception of its own only before it has changed anything, and writes nothing itself.
     """
 
     def __init__(self, db: apsw.Connection) -> None:
         self._db = db
-        self._known: dict[str, _TurnRow] = {}  # running turns, by their run
+        self._known: dict[str, _TurnRow] = {}  # running turns by their run; settled ones until they are written
         self._new: list[_TurnRow] = []
         self._changed: list[_TurnRow] = []
         self._ready: list[tuple[int, int]] = []
         self._drafts_ended: list[tuple[int, int]] = []
         self._events: list[tuple[object, ...]] = []
-        self._last_key: int = execute(db, "last_run_key", ()).get
+        self._last_key: int | None = None  # of a run; None: the file knows
 
     # Writes
 
     def start_run(self, new: NewRun, *, claim: bool) -> Change:
         """Add a run with its first turn and its user event."""
         run = accepted_run(new, claim=claim)
-        self._last_key += 1
-        row = _TurnRow(self._last_key, run, stored=False, has_draft=False)
+        key: int = (execute(self._db, "last_run_key", ()).get if self._last_key is None else self._last_key) + 1
+        self._last_key = key
+        row = _TurnRow(key, run, stored=False, has_draft=False)
         self._new.append(row)
         if claim:
             self._known[run.id] = row
@@ -92,7 +93,6 @@ class RunningTurns:
             completed_at_ms=at,
         )
         placed = self._extend(row, events, at, turn)
-        del self._known[key.run_id]
         if row.run.last_turn > key.turn:
             self._ready.append((row.key, key.turn + 1))
         return Change(row.run, placed)
@@ -106,6 +106,7 @@ class RunningTurns:
             self._write_each("insert_turn", [(row.key, *astuple(row.run.turn)) for row in self._new])
             for row in self._new:
                 row.stored = True
+                self._forget_settled(row)
             self._new.clear()
         if self._changed:
             self._write_changed()
@@ -121,6 +122,7 @@ class RunningTurns:
         """Drop what was not written out, and know nothing: the transaction is rolled back."""
         for rows in (self._known, self._new, self._changed, self._ready, self._drafts_ended, self._events):
             rows.clear()
+        self._last_key = None
 
     def draft_saved(self, run_id: str) -> None:
         """Learn that the running turn of a run has a draft in the file."""
@@ -130,14 +132,20 @@ class RunningTurns:
     def _row(self, key: TurnKey) -> _TurnRow:
         """Return the running turn that `key` holds. Raises TurnLost."""
         row = self._known.get(key.run_id)
+        # Of a turn that is not known, nothing waits to be written.
         if row is None or row.run.turn.number != key.turn or row.run.turn.epoch != key.epoch:
-            self.write_out()
             found = execute(self._db, "running_turn", key).fetchone()
             if found is None:
                 raise TurnLost
             row = _TurnRow(found[24], run_from_row(found[:24]), stored=True, has_draft=bool(found[25]))
             self._known[key.run_id] = row
+        elif row.run.status is not RunStatus.RUNNING:
+            raise TurnLost
         return row
+
+    def _forget_settled(self, row: _TurnRow) -> None:
+        if row.run.status is not RunStatus.RUNNING:
+            self._known.pop(row.run.id, None)
 
     def _extend(self, row: _TurnRow, drafts: Sequence[EventDraft], at: int, turn: Turn) -> tuple[RunEvent, ...]:
         """Add events to the log of a run, which shows `turn` from now on."""
@@ -165,6 +173,7 @@ class RunningTurns:
             extended.append((row.key, run.last_sequence, run.message_count, run.updated_at_ms))
             if run.status is not RunStatus.RUNNING:
                 settled.append(row)
+            self._forget_settled(row)
         self._changed.clear()
         self._write_each("extend_log", extended)
         if self._drafts_ended:
