@@ -10,9 +10,7 @@ Knows the store and the domain; neither agents nor gRPC.
 
 import asyncio
 import math
-from collections import deque
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator
 from typing import NamedTuple
 
 import msgspec
@@ -45,11 +43,10 @@ class Update(msgspec.Struct, frozen=True):
 
 
 class FollowOptions(msgspec.Struct, frozen=True):
-    """`turn`: end with that turn, not with the run. `collect`: say nothing before the end, then its events only."""
+    """`turn`: end with that turn, not with the run. `wait_seconds`: end then, whatever there is."""
 
     turn: int | None = None
     deltas: bool = False
-    collect: bool = False
     wait_seconds: float | None = None
 
 
@@ -103,26 +100,16 @@ class LiveRun:
     from the store. `last_sequence` is the newest that was published.
     """
 
-    __slots__ = (
-        "_draft_followers",
-        "_followers",
-        "draft",
-        "held",
-        "last_sequence",
-        "tail",
-        "tail_size",
-        "version",
-        "views",
-    )
+    __slots__ = ("_collectors", "_followers", "draft", "held", "last_sequence", "tail", "tail_size", "version", "views")
 
     def __init__(self) -> None:
-        self._followers: set[asyncio.Event] = set()
-        self._draft_followers: set[asyncio.Event] = set()
+        self._followers: dict[asyncio.Event, bool] = {}  # whether it wants deltas
+        self._collectors: list[asyncio.Future[bool]] = []
         self.held = 0
         self.views: dict[int, Run] = {}
         self.version = 0
         self.last_sequence = 0
-        self.tail: deque[RunEvent] = deque()
+        self.tail: list[RunEvent] = []
         self.tail_size = 0
         self.draft: Draft | None = None
 
@@ -139,34 +126,59 @@ class LiveRun:
         if tail and change.events and change.events[0].sequence != tail[-1].sequence + 1:
             tail.clear()
             self.tail_size = 0
-        for event in change.events:
-            tail.append(event)
-            self.tail_size += _size(event)
-        while len(tail) > _TAIL_EVENTS or (self.tail_size > _TAIL_SIZE and len(tail) > 1):
-            self.tail_size -= _size(tail.popleft())
-        self.wake()
+        tail += change.events
+        self.tail_size += sum([_size(event) for event in change.events])
+        if len(tail) > _TAIL_EVENTS or self.tail_size > _TAIL_SIZE:
+            self._shorten_tail()
+        for woken in self._followers:
+            woken.set()
+        if self._collectors and run.status in TERMINAL:
+            self._wake_collectors()
+
+    def _shorten_tail(self) -> None:
+        tail, drop = self.tail, 0
+        while len(tail) - drop > _TAIL_EVENTS or (self.tail_size > _TAIL_SIZE and len(tail) - drop > 1):
+            self.tail_size -= _size(tail[drop])
+            drop += 1
+        del tail[:drop]
 
     def add_follower(self, woken: asyncio.Event, *, deltas: bool) -> None:
         """Set `woken` from now on when something changed; with `deltas` also when the draft has grown."""
-        self._followers.add(woken)
-        if deltas:
-            self._draft_followers.add(woken)
+        self._followers[woken] = deltas
 
     def remove_follower(self, woken: asyncio.Event) -> None:
         """Undo `add_follower`."""
-        self._followers.discard(woken)
-        self._draft_followers.discard(woken)
+        del self._followers[woken]
+
+    async def wait_for_end(self, deadline: float | None) -> bool:
+        """Wait until a turn is settled or `wake` is called; return whether the loop's time `deadline` came first."""
+        loop = asyncio.get_running_loop()
+        woken: asyncio.Future[bool] = loop.create_future()
+        timer = None if deadline is None else loop.call_at(deadline, _wake, woken, True)
+        self._collectors.append(woken)
+        try:
+            return await woken
+        finally:
+            self._collectors.remove(woken)
+            if timer is not None:
+                timer.cancel()
 
     def wake(self) -> None:
-        """Wake all followers."""
-        for event in self._followers:
-            event.set()
+        """Wake all that wait."""
+        for woken in self._followers:
+            woken.set()
+        self._wake_collectors()
+
+    def _wake_collectors(self) -> None:
+        for woken in self._collectors:
+            _wake(woken, False)
 
     def show_draft(self, draft: Draft | None) -> None:
         """Set the event in the making, or tell that it has grown."""
         self.draft = draft
-        for event in self._draft_followers:
-            event.set()
+        for woken, deltas in self._followers.items():
+            if deltas:
+                woken.set()
 
     @property
     def is_idle(self) -> bool:
@@ -179,11 +191,32 @@ class LiveRun:
         if not tail or tail[0].sequence > sequence + 1:
             return ()
         skip = sequence + 1 - tail[0].sequence
-        return tuple(tail) if skip == 0 else tuple(tail)[skip:]
+        return tuple(tail[skip:])
+
+
+def _wake(waiting: asyncio.Future[bool], expired: bool) -> None:
+    if not waiting.done():
+        waiting.set_result(expired)
 
 
 def _size(event: RunEvent) -> int:
     return len(event.content) + (len(event.metadata) if event.metadata else 0)
+
+
+class _Held:
+    """A `hold` for the length of a block."""
+
+    __slots__ = ("_log", "_run_id")
+
+    def __init__(self, log: "EventLog", run_id: str) -> None:
+        self._log = log
+        self._run_id = run_id
+
+    def __enter__(self) -> None:
+        self._log.hold(self._run_id)
+
+    def __exit__(self, *_: object) -> None:
+        self._log.let_go(self._run_id)
 
 
 class EventLog:
@@ -208,14 +241,9 @@ class EventLog:
         live.held -= 1
         self._forget_if_idle(run_id, live)
 
-    @contextmanager
-    def held(self, run_id: str) -> Iterator[None]:
-        """Keep what is published of a run for one who is about to follow it."""
-        self.hold(run_id)
-        try:
-            yield
-        finally:
-            self.let_go(run_id)
+    def held(self, run_id: str) -> "_Held":
+        """Keep what is published of a run for one who is about to follow it: a context manager."""
+        return _Held(self, run_id)
 
     def publish(self, change: Change) -> None:
         """Tell the followers of a change. It must be durable; changes of a run come in the store's order."""
@@ -269,37 +297,77 @@ class EventLog:
                 over = view.status in TERMINAL or loop.time() >= deadline
                 settled = options.turn is not None and view.status in TERMINAL
                 end = view.last_sequence if settled else max(view.last_sequence, live.last_sequence)
-                if over or not options.collect:
-                    while cursor < end:
-                        events = live.tail_after(cursor) or tuple(
-                            await self._store.read_events(run.id, cursor, BATCH_EVENTS, BATCH_BYTES)
-                        )
-                        if not events:
-                            break
-                        cursor = events[-1].sequence
-                        if options.collect:
-                            events = tuple(e for e in events if e.turn == options.turn)
-                        state = (view.turn.number, view.status)
-                        last = over and cursor >= end
-                        yield Update(view if last or state != told else None, events)
-                        told = state
-                        if last:
-                            return
-                    if over or told != (view.turn.number, view.status):
-                        yield Update(view)
-                        told = (view.turn.number, view.status)
-                    if over:
+                while cursor < end:
+                    events = await self._events_after(live, run, cursor)
+                    if not events:
+                        break
+                    cursor = events[-1].sequence
+                    state = (view.turn.number, view.status)
+                    last = over and cursor >= end
+                    yield Update(view if last or state != told else None, events)
+                    told = state
+                    if last:
                         return
-                    if options.deltas and (delta := drafts.advance(live.draft)) is not None:
-                        if delta.sequence > cursor:
-                            yield Update(delta=delta)
-                        continue
+                if over or told != (view.turn.number, view.status):
+                    yield Update(view)
+                    told = (view.turn.number, view.status)
+                if over:
+                    return
+                if options.deltas and (delta := drafts.advance(live.draft)) is not None:
+                    if delta.sequence > cursor:
+                        yield Update(delta=delta)
+                    continue
                 await woken.wait()
         finally:
             if timer is not None:
                 timer.cancel()
             live.remove_follower(woken)
             self._forget_if_idle(run.id, live)
+
+    async def collect(self, run: Run, wait_seconds: float | None = None) -> AsyncGenerator[Update]:
+        """Yield nothing before the turn that `run` shows is over or the time is; then its events, seldom in pieces.
+
+        The first and the last update have the run as it was then. Raises Draining when this process stops first.
+        """
+        live = self.hold(run.id)
+        number = run.turn.number
+        try:
+            view = await self._view_at_end(live, run, wait_seconds)
+            cursor = run.turn.first_sequence - 1
+            end = view.last_sequence if view.status in TERMINAL else max(view.last_sequence, live.last_sequence)
+            first = True
+            while cursor < end:
+                events = await self._events_after(live, run, cursor)
+                if not events:
+                    break
+                cursor = events[-1].sequence
+                own = tuple([event for event in events if event.turn == number])
+                last = cursor >= end
+                yield Update(view if first or last else None, own)
+                first = False
+                if last:
+                    return
+            yield Update(view)
+        finally:
+            self.let_go(run.id)
+
+    async def _view_at_end(self, live: LiveRun, run: Run, wait_seconds: float | None) -> Run:
+        """Return the run showing its turn once that is over, or as it is when the time is."""
+        number = run.turn.number
+        deadline = None if wait_seconds is None else asyncio.get_running_loop().time() + wait_seconds
+        expired = False
+        while True:
+            view = live.views.get(number) or await self._read_view(live, run, number)
+            if self._closed:
+                raise Draining
+            if expired or view.status in TERMINAL:
+                return view
+            expired = await live.wait_for_end(deadline)
+
+    async def _events_after(self, live: LiveRun, run: Run, sequence: int) -> tuple[RunEvent, ...]:
+        return live.tail_after(sequence) or tuple(
+            await self._store.read_events(run.id, sequence, BATCH_EVENTS, BATCH_BYTES)
+        )
 
     async def _read_view(self, live: LiveRun, run: Run, turn: int | None) -> Run:
         while True:

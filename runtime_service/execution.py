@@ -1,14 +1,16 @@
 """One turn being executed: what its agent says becomes events, and its end an outcome.
 
 Everything that the agent has said and the store has not yet is `pending`; whatever becomes ready while a commit
-is under way goes into the next one. Knows agents, the store and the event log; not who started it.
+is under way goes into the next one. Nobody sees what an agent says before it awaits something, so pieces of a
+message are looked at then: a message that is complete by that time was never a draft.
+
+Knows agents, the store and the event log; not who started it.
 """
 
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Mapping
 from enum import StrEnum
 from typing import Any, TypeVar, assert_never
 
@@ -17,6 +19,7 @@ import msgspec
 from runtime_service.agents import (
     AgentError,
     AgentOutput,
+    AgentSays,
     Delta,
     HistoryMessage,
     Log,
@@ -75,9 +78,13 @@ class Execution:
         self._pending: list[EventDraft] = []
         self._pending_bytes = 0
         self._in_flight = 0
-        self._flush_planned = False
+        self._said: list[Delta] = []  # pieces that nobody could see yet
+        self._refused: Exception | None = None  # why the agent is not to say more
+        self._step_planned = False
         self._held = 0
-        self._unheld = asyncio.Event()
+        self._unheld: asyncio.Future[None] | None = None
+        self._task: asyncio.Task[Any] | None = None  # while the agent runs
+        self._expired = False
         self._settling = False
         self._flushing: asyncio.Task[None] | None = None
         self._draft: Draft | None = None
@@ -115,7 +122,7 @@ class Execution:
     def resume(self) -> None:
         """Undo `hold`: what was to follow it did not happen."""
         self._held -= 1
-        self._unheld.set()
+        self._wake_held()
         self._begin_flush()
 
     def take_rest(self) -> list[EventDraft]:
@@ -124,7 +131,7 @@ class Execution:
 
     def _stop_listening(self) -> tuple[list[EventDraft], str | None]:
         self._lost = True
-        self._unheld.set()
+        self._wake_held()
         return self._take_all()
 
     async def release(self) -> None:
@@ -166,6 +173,12 @@ class Execution:
         events.append(log_event("error", LogLevel.ERROR, outcome.error or ""))
         return events, msgspec.structs.replace(outcome, output=output)
 
+    def expire(self) -> None:
+        """End the agent, if it still runs: the turn has taken as long as its server allows."""
+        if self._task is not None:
+            self._expired = True
+            self._task.cancel()
+
     def timed_out(self) -> Outcome:
         """Return the outcome of a turn that took longer than its server allows."""
         seconds = self._server.turn_timeout_seconds
@@ -192,36 +205,56 @@ class Execution:
             attempt=run.turn.attempt,
             read_history=self._read_history,
         )
-        limit = asyncio.timeout(server.turn_timeout_seconds)
+        self._task = asyncio.current_task()
         try:
-            async with limit, aclosing(server.agent.run(context)) as outputs:
-                count = 0
-                async for output in outputs:
-                    self._add(output)
-                    count += 1
-                    if count >= _MAX_UNSTORED_OUTPUTS or self._pending_bytes >= _MAX_PENDING_BYTES:
-                        # Also keeps an agent that never awaits from keeping the others from running.
-                        count = 0
-                        await self._drain()
-            if self._draft is not None:
-                # An agent that only streams: the end of the turn is the end of its message.
-                self._add(Message(self._draft.text))
+            await self._listen(server.agent.run(context))
         except AgentError as error:
             message = _storable(str(error.message))[:_MAX_ERROR_CHARACTERS]
             return Outcome(RunStatus.FAILED, error=message, error_code=_storable(str(error.code)))
         except TurnLost:
             raise
         except asyncio.CancelledError as error:
-            task = asyncio.current_task()
+            task = self._task
+            if self._expired and task is not None and not task.uncancel():
+                return self.timed_out()
             if task is None or task.cancelling():
                 raise
             # Nobody cancelled the turn: something that the agent waited for was.
             return self.unexpected(error)
-        except TimeoutError as error:
-            return self.timed_out() if limit.expired() else self.unexpected(error)
         except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001 - whatever an agent raises is data
             return self.unexpected(error)
+        finally:
+            self._task = None
         return Outcome(RunStatus.COMPLETED)
+
+    async def _listen(self, said: AsyncGenerator[AgentSays]) -> None:
+        """Take what the agent says, to its end."""
+        left = _MAX_UNSTORED_OUTPUTS
+        try:
+            async for outputs in said:
+                if not isinstance(outputs, tuple):
+                    outputs = (outputs,)
+                for output in outputs:
+                    # Behind another piece of this step, a piece needs no look: all are read at the step's end.
+                    if self._said and output.__class__ is Delta:
+                        self._said.append(output)
+                    else:
+                        self._add(output)
+                        if self._pending_bytes >= _MAX_PENDING_BYTES:
+                            left = 1
+                    left -= 1
+                    if not left:
+                        # Also keeps an agent that never awaits from keeping the others from running.
+                        left = _MAX_UNSTORED_OUTPUTS
+                        await self._drain()
+        finally:
+            await said.aclose()
+        self._read_said()
+        if self._refused is not None:
+            raise self._refused
+        if self._draft is not None:
+            # An agent that only streams: the end of the turn is the end of its message.
+            self._add(Message(self._draft.text))
 
     async def _read_history(self) -> list[HistoryMessage]:
         number = self.run.turn.number
@@ -233,38 +266,51 @@ class Execution:
     def _add(self, output: AgentOutput) -> None:
         if self._lost:
             raise TurnLost
+        if self._refused is not None:
+            raise self._refused
+        if not self._step_planned:
+            # Not at once: what the agent says without awaiting shares a commit, its end included.
+            self._step_planned = True
+            self._loop.call_soon(self._end_step)
         if isinstance(output, Delta):
-            if not output.text:
-                return
-            draft = self._draft
-            if draft is None:
-                draft = self._begin_draft()
-            text = _storable(output.text)
-            draft.size += len(text) if text.isascii() else len(text.encode())
-            if draft.size > MAX_EVENT_BYTES:
-                raise _too_large()
-            draft.parts.append(text)
-            self._live.show_draft(draft)
+            self._said.append(output)
             return
         event = _event_from(output)
-        self._append(event)
-        if isinstance(output, Message):
-            self._drop_draft()
-            if output.role is EventRole.ASSISTANT:
-                self._output = event.content
-        if self._draft is not None:
-            self._place_draft(self._draft)
-
-    def _append(self, event: EventDraft) -> None:
         size = len(event.content) + len(event.metadata or b"")
         if size > MAX_EVENT_BYTES // 4 and _utf8_bytes(event) > MAX_EVENT_BYTES:
             raise _too_large()
         self._pending.append(event)
         self._pending_bytes += size
-        if self._flushing is None and not self._flush_planned:
-            # Not at once: what the agent says without awaiting shares a commit, its end included.
-            self._flush_planned = True
-            self._loop.call_soon(self._begin_flush)
+        if isinstance(output, Message):
+            self._drop_draft()
+            if event.role is EventRole.ASSISTANT:
+                self._output = event.content
+        elif self._draft is not None:
+            self._place_draft(self._draft)
+
+    def _end_step(self) -> None:
+        """See to what the agent has said until it awaited something."""
+        self._step_planned = False
+        self._read_said()
+        self._begin_flush()
+
+    def _read_said(self) -> None:
+        """Make the pieces that came since the last time part of the draft."""
+        if not self._said:
+            return
+        try:
+            text = _storable("".join([delta.text for delta in self._said if delta.text]))
+        except Exception as error:  # noqa: BLE001 - whatever an agent says is data
+            self._refused, text = error, ""
+        self._said.clear()
+        if text:
+            draft = self._begin_draft() if self._draft is None else self._draft
+            draft.size += len(text) if text.isascii() else len(text.encode())
+            if draft.size > MAX_EVENT_BYTES:
+                self._refused = _too_large()
+            else:
+                draft.parts.append(text)
+                self._live.show_draft(draft)
 
     # The draft
 
@@ -277,6 +323,7 @@ class Execution:
         return draft
 
     def _drop_draft(self) -> None:
+        self._said.clear()
         if self._draft is not None:
             self._draft = None
             self._live.show_draft(None)
@@ -304,7 +351,6 @@ class Execution:
     # The store
 
     def _begin_flush(self) -> None:
-        self._flush_planned = False
         if self._pending and self._flushing is None and self._may_flush():
             self._flushing = asyncio.create_task(self._flush())
 
@@ -333,6 +379,7 @@ class Execution:
 
     async def _drain(self) -> None:
         """Wait until what was pending is stored; let others run."""
+        self._read_said()
         await self._until_unheld()
         self._begin_flush()
         if self._flushing is None:
@@ -344,10 +391,16 @@ class Execution:
 
     async def _until_unheld(self) -> None:
         while self._held and not self._lost:
-            self._unheld.clear()
-            await self._unheld.wait()
+            if self._unheld is None:
+                self._unheld = self._loop.create_future()
+            await self._unheld
         if self._lost:
             raise TurnLost
+
+    def _wake_held(self) -> None:
+        if self._unheld is not None and not self._unheld.done():
+            self._unheld.set_result(None)
+        self._unheld = None
 
     async def _settle(self, outcome: Outcome) -> None:
         # A commit that is under way must end first; what is pending then goes with the outcome.
@@ -369,6 +422,7 @@ class Execution:
 
     def _rest(self) -> tuple[list[EventDraft], str | None]:
         """Return what the agent has said and the store has not, a half message included, and the turn's output."""
+        self._read_said()
         if self._draft is None:
             return list(self._pending), self._output
         text = self._draft.text
@@ -395,6 +449,8 @@ def _too_large() -> AgentError:
 
 def _known(kind: type[_Word], word: str) -> _Word:
     """Return the enumeration's member; an agent may give it as text."""
+    if isinstance(word, kind):
+        return word
     try:
         return kind(word)
     except ValueError:
@@ -404,9 +460,11 @@ def _known(kind: type[_Word], word: str) -> _Word:
 
 def _event_from(output: Message | Log | ToolCall | ToolResult) -> EventDraft:
     at = now_ms()
+    if isinstance(output, Message):
+        return EventDraft(
+            _known(EventRole, output.role), _storable(output.content), at, None, None, _json(output.metadata)
+        )
     match output:
-        case Message(content, metadata, role):
-            return EventDraft(_known(EventRole, role), _storable(content), at, metadata=_json(metadata))
         case Log(content, level, log_type, metadata):
             log_type = None if log_type is None else _storable(log_type)
             level = _known(LogLevel, level)

@@ -149,14 +149,23 @@ class Executor:
     async def _accepted(self, write: Awaitable[Change], claim: bool, execution: Execution | None = None) -> Change:
         accepted = asyncio.ensure_future(write)
         self._admitting.add(accepted)
-        accepted.add_done_callback(partial(self._on_accepted, claim=claim, execution=execution))
-        return await asyncio.shield(accepted)
+        # The caller waits for another future than the store's: its cancel is not the write's.
+        told: asyncio.Future[Change] = asyncio.get_running_loop().create_future()
+        accepted.add_done_callback(partial(self._on_accepted, claim, execution, told))
+        return await told
 
-    def _on_accepted(self, accepted: asyncio.Future[Change], claim: bool, execution: Execution | None) -> None:
+    def _on_accepted(
+        self,
+        claim: bool,
+        execution: Execution | None,
+        told: asyncio.Future[Change],
+        accepted: asyncio.Future[Change],
+    ) -> None:
         """A turn was stored, or not; `claim` says that room was reserved, `execution` is its early one."""
         self._admitting.discard(accepted)
         if not claim:
             self._queueing -= 1
+        _pass_on(accepted, told)
         if accepted.cancelled() or accepted.exception() is not None:
             if execution is not None:
                 execution.take_rest()
@@ -250,17 +259,22 @@ class Executor:
         execution = Execution(run, server, self._store, live, self._publish)
         self._executions[run.id] = execution
         task = self._tasks[execution] = asyncio.create_task(execution.execute())
-        # An agent that its turn's limit does not end loses the turn all the same.
-        seconds = server.turn_timeout_seconds + self._limits.cancel_grace_seconds
-        overdue = asyncio.get_running_loop().call_later(seconds, self._on_overdue, execution)
-        task.add_done_callback(partial(self._on_end, execution, overdue))
+        limit = asyncio.get_running_loop().call_later(server.turn_timeout_seconds, self._on_limit, execution, task)
+        task.add_done_callback(partial(self._on_end, execution, limit))
         return execution
 
-    def _on_end(self, execution: Execution, overdue: asyncio.TimerHandle, task: asyncio.Task[None]) -> None:
-        overdue.cancel()
+    def _on_end(self, execution: Execution, limit: asyncio.TimerHandle, task: asyncio.Task[None]) -> None:
+        limit.cancel()
         if not task.cancelled() and (error := task.exception()) is not None:
             self._settle_outside(execution, execution.unexpected(error))
         self._forget(execution)
+
+    def _on_limit(self, execution: Execution, task: asyncio.Task[None]) -> None:
+        execution.expire()
+        # An agent that its turn's limit does not end loses the turn all the same.
+        grace = self._limits.cancel_grace_seconds
+        overdue = asyncio.get_running_loop().call_later(grace, self._on_overdue, execution)
+        task.add_done_callback(lambda _: overdue.cancel())
 
     def _on_overdue(self, execution: Execution) -> None:
         self._settle_outside(execution, execution.timed_out())
@@ -354,3 +368,15 @@ class Executor:
     def _may_repeat(self, server_id: str) -> bool:
         server = self._registry.executor_of(server_id)
         return server is not None and server.agent.repeatable
+
+
+def _pass_on(done: asyncio.Future[Change], told: asyncio.Future[Change]) -> None:
+    """Give a result to one who waits for it, if he still does."""
+    if told.done():
+        return
+    if done.cancelled():
+        told.cancel()
+    elif (error := done.exception()) is not None:
+        told.set_exception(error)
+    else:
+        told.set_result(done.result())

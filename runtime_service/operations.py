@@ -8,8 +8,6 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import NamedTuple
 
-import msgspec
-
 from protos.acp.runs.v1 import run_pb2 as pb
 from protos.acp.runs.v1 import run_service_pb2 as rpc
 from runtime_service.convert import add_events, fill_run, fill_thread, fill_update, run_mode, run_status
@@ -67,10 +65,10 @@ class Operations:
             title=checked_title(request.title, self._limits),
             metadata=checked_metadata(request.metadata_json, self._limits),
         )
-        options = _turn_options(request.stream)
+        wait_seconds = _wait_seconds(request.stream.wait_ms, "stream.wait_ms")
         with self._event_log.held(new.id):
             change = await self._executor.start_run(new, server)
-            async with aclosing(self._follow_turn(change, new.mode, options)) as updates:
+            async with aclosing(self._follow_turn(change, new.mode, request.stream, wait_seconds)) as updates:
                 async for update in updates:
                     yield RunNews(change.run, update, server.agent.session_protocol)
 
@@ -86,10 +84,10 @@ class Operations:
             created_at_ms=now_ms(),
             metadata=checked_metadata(request.metadata_json, self._limits),
         )
-        options = _turn_options(request.stream)
+        wait_seconds = _wait_seconds(request.stream.wait_ms, "stream.wait_ms")
         with self._event_log.held(new.run_id):
             change = await self._executor.continue_run(new, server)
-            async with aclosing(self._follow_turn(change, new.mode, options)) as updates:
+            async with aclosing(self._follow_turn(change, new.mode, request.stream, wait_seconds)) as updates:
                 async for update in updates:
                     yield RunNews(change.run, update, server.agent.session_protocol)
 
@@ -163,12 +161,16 @@ class Operations:
         add_events(answer.events, change.run, change.events)
         return answer
 
-    def _follow_turn(self, change: Change, mode: RunMode, options: FollowOptions) -> AsyncGenerator[Update]:
+    def _follow_turn(
+        self, change: Change, mode: RunMode, stream: rpc.StreamOptions, wait_seconds: float | None
+    ) -> AsyncGenerator[Update]:
         """Follow the turn that was accepted, from its user event on; in mode async tell of its acceptance only."""
         if mode is RunMode.ASYNC:
             return _accepted(change)
         run = change.run
-        options = msgspec.structs.replace(options, turn=run.turn.number)
+        if stream.collect:
+            return self._event_log.collect(run, wait_seconds)
+        options = FollowOptions(run.turn.number, stream.deltas, wait_seconds)
         return self._event_log.follow(run, run.turn.first_sequence - 1, options)
 
     async def _run(self, server: Server, run_id: str) -> Run:
@@ -189,14 +191,6 @@ class Operations:
 async def _accepted(change: Change) -> AsyncGenerator[Update]:
     # As it was accepted, queued or running, also when it has ended since.
     yield Update(change.run, change.events)
-
-
-def _turn_options(stream: rpc.StreamOptions) -> FollowOptions:
-    return FollowOptions(
-        deltas=stream.deltas,
-        collect=stream.collect,
-        wait_seconds=_wait_seconds(stream.wait_ms, "stream.wait_ms"),
-    )
 
 
 def _page_size(asked: int, default: int, most: int) -> int:

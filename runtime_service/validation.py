@@ -6,7 +6,6 @@ import msgspec
 
 from runtime_service.errors import InvalidRequest
 
-
 _REQUEST_ID_CHARACTERS = 255
 
 

@@ -57,6 +57,9 @@ class ToolResult(msgspec.Struct, frozen=True):
 
 AgentOutput: TypeAlias = Message | Delta | Log | ToolCall | ToolResult
 
+AgentSays: TypeAlias = AgentOutput | tuple[AgentOutput, ...]
+"""What an agent yields: one output, or several that it has at once, which costs less than one by one."""
+
 
 class HistoryMessage(msgspec.Struct, frozen=True):
     """One earlier message of the thread."""
@@ -138,7 +141,7 @@ class Agent(ABC):
         return None
 
     @abstractmethod
-    def run(self, turn: TurnContext) -> AsyncGenerator[AgentOutput]:
+    def run(self, turn: TurnContext) -> AsyncGenerator[AgentSays]:
         """Execute one turn: an async generator of what the agent says, ended by returning.
 
         Cancelled by `CancelledError`, raised where it awaits; it has a few seconds to clean up.

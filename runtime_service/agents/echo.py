@@ -7,7 +7,7 @@ from typing import Annotated
 
 import msgspec
 
-from runtime_service.agents.base import Agent, AgentOutput, Delta, Message, TurnContext
+from runtime_service.agents.base import Agent, AgentOutput, AgentSays, Delta, Message, TurnContext
 
 
 class EchoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -26,14 +26,17 @@ class EchoAgent(Agent):
     def __init__(self, options: EchoOptions) -> None:
         self._options = options
 
-    async def run(self, turn: TurnContext) -> AsyncGenerator[AgentOutput]:
+    async def run(self, turn: TurnContext) -> AsyncGenerator[AgentSays]:
         """Say the input back."""
         words = [Delta(word) for word in re.findall(r"\s*\S+\s*", turn.input)]
         message = Message(turn.input)
         delay = self._options.word_delay_seconds
+        at_once: tuple[AgentOutput, ...] = (*words, message)
         for _ in range(self._options.messages):
+            if not delay:
+                yield at_once
+                continue
             for word in words:
-                if delay:
-                    await asyncio.sleep(delay)
+                await asyncio.sleep(delay)
                 yield word
             yield message

@@ -164,15 +164,17 @@ class RunStore(Protocol):
 
 def count_messages(events: Sequence[EventDraft]) -> int:
     """Count those that a thread's message count counts."""
-    return sum(1 for event in events if event.role in (EventRole.USER, EventRole.ASSISTANT))
+    return len([event for event in events if event.role is EventRole.USER or event.role is EventRole.ASSISTANT])
 
 
 def place_events(events: Sequence[EventDraft], turn: int, last_sequence: int) -> tuple[RunEvent, ...]:
     """Give events their places, so that the last one has `last_sequence`."""
     first = last_sequence - len(events) + 1
     return tuple(
-        RunEvent(sequence, turn, e.role, e.content, e.created_at_ms, e.log_type, e.log_level, e.metadata)
-        for sequence, e in enumerate(events, first)
+        [
+            RunEvent(sequence, turn, e.role, e.content, e.created_at_ms, e.log_type, e.log_level, e.metadata)
+            for sequence, e in enumerate(events, first)
+        ]
     )
 
 

@@ -2,7 +2,8 @@
 
 Statements run on the event loop, where they cost microseconds; what waits for the disk, the COMMIT, runs in a
 thread. So the interpreter lock changes hands once a transaction, not once a statement. What is asked for
-meanwhile shares the next transaction. Knows connections and transactions; what is written is the caller's.
+meanwhile shares the next transaction. Knows connections and transactions; what is written, and what is kept in
+memory to be written at a transaction's end, is the caller's.
 """
 
 import asyncio
@@ -11,7 +12,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import apsw
 
@@ -20,33 +21,46 @@ from runtime_service.errors import StoreUnavailable
 log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-_Write = Callable[[apsw.Connection], Any]
 
-_MAX_BATCH = 256
+_MAX_BATCH_ROWS = 1_000
 _BUSY_MS = 1_000
+_REFUSED = "The store does not take writes at the moment; nothing was changed."
+
+
+class Rows(Protocol):
+    """Rows that are changed in memory within a transaction and written at its end."""
+
+    def write_out(self) -> None:
+        """Write what is not written yet."""
+
+    def forget_all(self) -> None:
+        """Drop what is not written yet and all that is remembered: the transaction is rolled back."""
 
 
 class _Asked:
     """A write, and whoever waits for it; `result` is what the write returned or the exception that it raised."""
 
-    __slots__ = ("future", "result", "write")
+    __slots__ = ("future", "on_rows", "result", "size", "write")
 
-    def __init__(self, write: _Write, future: asyncio.Future[Any]) -> None:
+    def __init__(self, write: Callable[[], Any], size: int, future: asyncio.Future[Any], *, on_rows: bool) -> None:
         self.write = write
+        self.size = size
         self.future = future
+        self.on_rows = on_rows
         self.result: Any = None
 
 
 class GroupCommitWriter:
-    """Owns the writing connection.
+    """Owns the writing connection, and when `rows` are written out.
 
-    A write is a function of the connection. It may raise an exception of its own before it has changed anything:
-    the others of its transaction are committed all the same. A failure of the database, or an exception after a
-    change, rolls the transaction back and gives each of its writes one more try, alone.
+    A write may raise an exception of its own before it has changed anything: the others of its transaction are
+    committed all the same. A failure of the database, or an exception after a change, rolls the transaction back
+    and gives each of its writes one more try, alone.
     """
 
-    def __init__(self, connection: apsw.Connection) -> None:
+    def __init__(self, connection: apsw.Connection, rows: Rows) -> None:
         self._connection = connection
+        self._rows = rows
         # On the loop nobody waits for a lock that another process holds; the thread, which tries again, does.
         connection.set_busy_timeout(0)
         self._loop = asyncio.get_running_loop()
@@ -57,20 +71,20 @@ class GroupCommitWriter:
         self._thread = threading.Thread(target=self._work, name="store-writer", daemon=True)
         self._thread.start()
 
-    def submit(self, write: Callable[[apsw.Connection], _T]) -> asyncio.Future[_T]:
+    def submit(self, write: Callable[[], _T], *, size: int = 1, on_rows: bool = False) -> asyncio.Future[_T]:
         """Queue a write; the future is done after the commit. Cancelling it does not undo the write.
 
-        Fails with StoreUnavailable once the writer is closing.
+        `size` is about how many rows it writes. One that is `on_rows` uses the rows in memory alone; before any
+        other they are written out. Fails with StoreUnavailable once the writer is closing.
         """
         future: asyncio.Future[_T] = self._loop.create_future()
         if self._closed is not None:
             future.set_exception(StoreUnavailable("The store is closed."))
         else:
-            self._waiting.append(_Asked(write, future))
+            self._waiting.append(_Asked(write, size, future, on_rows=on_rows))
             if not self._busy:
                 self._busy = True
-                # At the end of this turn of the loop, so that what else is asked for in it comes along.
-                self._loop.call_soon(self._write_batch)
+                self._loop.call_soon(self._write_soon)
         return future
 
     async def close(self) -> None:
@@ -85,18 +99,79 @@ class GroupCommitWriter:
             self._connection.close()
 
     def _write_batch(self) -> None:
-        batch, self._waiting = self._waiting[:_MAX_BATCH], self._waiting[_MAX_BATCH:]
+        batch = self._take_batch()
         try:
-            _write(self._connection, batch)
+            self._write(batch)
         except Exception:  # noqa: BLE001 - told to the one who asked for the write, once it has failed alone
             # The thread finds no transaction and begins again, one by one.
-            _roll_back(self._connection)
+            self._roll_back()
         self._commits.put(batch)
+
+    def _write_soon(self) -> None:
+        # Behind the next turn of the loop: the tasks that began in this one get to ask for what they write.
+        self._loop.call_soon(self._write_batch)
+
+    def _take_batch(self) -> list[_Asked]:
+        """Take the oldest writes, as many as the loop and those behind them can wait for; at least one."""
+        size = count = 0
+        for asked in self._waiting:
+            size += asked.size
+            if count and size > _MAX_BATCH_ROWS:
+                break
+            count += 1
+        batch, self._waiting = self._waiting[:count], self._waiting[count:]
+        return batch
+
+    def _write(self, batch: list[_Asked]) -> None:
+        """Begin a transaction and do the writes in it. Raises apsw.Error, and what a write raised after a change."""
+        connection, rows = self._connection, self._rows
+        connection.execute("BEGIN IMMEDIATE")
+        for asked in batch:
+            if not asked.on_rows:
+                rows.write_out()
+            changes = connection.total_changes()
+            try:
+                asked.result = asked.write()
+            except Exception as error:
+                if isinstance(error, apsw.Error) or connection.total_changes() != changes:
+                    raise
+                asked.result = error
+        rows.write_out()
 
     def _work(self) -> None:
         while (batch := self._commits.get()) is not None:
-            _commit(self._connection, batch)
+            self._commit(batch)
             self._loop.call_soon_threadsafe(self._on_committed, batch)
+
+    def _commit(self, batch: list[_Asked]) -> None:
+        """Commit the open transaction; where that fails, or there is none, each write in one of its own."""
+        connection = self._connection
+        if connection.in_transaction:
+            try:
+                connection.execute("COMMIT")
+                return
+            except apsw.Error:
+                self._roll_back()
+        connection.set_busy_timeout(_BUSY_MS)
+        for asked in batch:
+            try:
+                self._write([asked])
+                connection.execute("COMMIT")
+            except Exception as error:  # noqa: BLE001 - handed to the one who asked for the write
+                self._roll_back()
+                log.error("the store refused a write: %s", error)
+                asked.result = error
+                if isinstance(error, apsw.Error):
+                    asked.result = StoreUnavailable(
+                        "The store does not take writes at the moment; nothing was changed."
+                    )
+        connection.set_busy_timeout(0)
+
+    def _roll_back(self) -> None:
+        self._rows.forget_all()
+        if self._connection.in_transaction:
+            with suppress(apsw.Error):  # the file is out of reach; what is asked for next finds that out
+                self._connection.execute("ROLLBACK")
 
     def _on_committed(self, batch: list[_Asked]) -> None:
         for asked in batch:
@@ -107,49 +182,8 @@ class GroupCommitWriter:
             else:
                 asked.future.set_result(asked.result)
         if self._waiting:
-            self._loop.call_soon(self._write_batch)
+            self._loop.call_soon(self._write_soon)
         else:
             self._busy = False
             if self._closed is not None:
                 self._closed.set_result(None)
-
-
-def _write(connection: apsw.Connection, batch: list[_Asked]) -> None:
-    """Begin a transaction and do the writes in it. Raises apsw.Error, and what a write raised after a change."""
-    connection.execute("BEGIN IMMEDIATE")
-    for asked in batch:
-        changes = connection.total_changes()
-        try:
-            asked.result = asked.write(connection)
-        except Exception as error:
-            if isinstance(error, apsw.Error) or connection.total_changes() != changes:
-                raise
-            asked.result = error
-
-
-def _commit(connection: apsw.Connection, batch: list[_Asked]) -> None:
-    """Commit the open transaction; where that fails, or there is none, each write in one of its own."""
-    if connection.in_transaction:
-        try:
-            connection.execute("COMMIT")
-            return
-        except apsw.Error:
-            _roll_back(connection)
-    connection.set_busy_timeout(_BUSY_MS)
-    for asked in batch:
-        try:
-            _write(connection, [asked])
-            connection.execute("COMMIT")
-        except Exception as error:  # noqa: BLE001 - handed to the one who asked for the write
-            _roll_back(connection)
-            log.error("the store refused a write: %s", error)
-            asked.result = error
-            if isinstance(error, apsw.Error):
-                asked.result = StoreUnavailable("The store does not take writes at the moment; nothing was changed.")
-    connection.set_busy_timeout(0)
-
-
-def _roll_back(connection: apsw.Connection) -> None:
-    if connection.in_transaction:
-        with suppress(apsw.Error):  # the file is out of reach; what is asked for next finds that out
-            connection.execute("ROLLBACK")

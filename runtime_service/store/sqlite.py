@@ -11,6 +11,7 @@ import threading
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,6 +29,7 @@ from runtime_service.store import sqlite_rows as rows
 from runtime_service.store import sqlite_writes as writes
 from runtime_service.store.base import Change, NewRun, NewTurn, Outcome, RunPage, TurnKey
 from runtime_service.store.group_commit import GroupCommitWriter
+from runtime_service.store.sqlite_turns import RunningTurns
 
 SCHEMA_VERSION = 1
 _READERS = 2
@@ -39,9 +41,11 @@ _T = TypeVar("_T")
 class SQLiteStore:
     """Runs in one SQLite file; `open` makes the file and holds it alone until `close`."""
 
-    def __init__(self, path: Path, writer: GroupCommitWriter, lock_file: int) -> None:
+    def __init__(self, path: Path, connection: apsw.Connection, lock_file: int) -> None:
         self._path = path
-        self._writer = writer
+        self._connection = connection
+        self._turns = RunningTurns(connection)
+        self._writer = GroupCommitWriter(connection, self._turns)
         self._lock_file = lock_file
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="store-reader")
         self._reading = threading.local()
@@ -61,7 +65,7 @@ class SQLiteStore:
         except BaseException:
             os.close(lock_file)
             raise
-        return cls(path, GroupCommitWriter(connection), lock_file)
+        return cls(path, connection, lock_file)
 
     async def close(self) -> None:
         """Finish the writes that were asked for, then close."""
@@ -76,27 +80,34 @@ class SQLiteStore:
 
     def start_run(self, new: NewRun, *, claim: bool) -> Awaitable[Change]:
         """Accept a run."""
-        return self._writer.submit(lambda db: writes.start_run(db, new, claim))
-
-    def continue_run(self, new: NewTurn, *, claim: bool) -> Awaitable[Change]:
-        """Open the next turn of a run."""
-        return self._writer.submit(lambda db: writes.continue_run(db, new, claim))
+        return self._writer.submit(partial(self._turns.start_run, new, claim=claim), size=2, on_rows=True)
 
     def append_events(self, key: TurnKey, events: Sequence[EventDraft]) -> Awaitable[Change]:
         """Put events at the end of a running turn's log."""
-        return self._writer.submit(lambda db: writes.append_events(db, key, events))
-
-    def save_draft(self, key: TurnKey, text: str) -> Awaitable[None]:
-        """Keep the text so far of the message in the making."""
-        return self._writer.submit(lambda db: writes.save_draft(db, key, text))
+        return self._writer.submit(partial(self._turns.append_events, key, events), size=1 + len(events), on_rows=True)
 
     def finish_turn(self, key: TurnKey, events: Sequence[EventDraft], outcome: Outcome) -> Awaitable[Change]:
         """Append the last events and settle the turn."""
-        return self._writer.submit(lambda db: writes.finish_turn(db, key, events, outcome))
+        return self._writer.submit(
+            partial(self._turns.finish_turn, key, events, outcome), size=1 + len(events), on_rows=True
+        )
+
+    def save_draft(self, key: TurnKey, text: str) -> Awaitable[None]:
+        """Keep the text so far of the message in the making."""
+
+        def save() -> None:
+            self._turns.draft_saved(key.run_id)
+            writes.save_draft(self._connection, key, text)
+
+        return self._writer.submit(save)
+
+    def continue_run(self, new: NewTurn, *, claim: bool) -> Awaitable[Change]:
+        """Open the next turn of a run."""
+        return self._submit(new.run_id, lambda db: writes.continue_run(db, new, claim))
 
     def release_turn(self, key: TurnKey, events: Sequence[EventDraft]) -> Awaitable[Change]:
         """Give a running turn back to the queue."""
-        return self._writer.submit(lambda db: writes.release_turn(db, key, events))
+        return self._submit(key.run_id, lambda db: writes.release_turn(db, key, events))
 
     def cancel_run(
         self,
@@ -107,17 +118,33 @@ class SQLiteStore:
         output: str | None,
     ) -> Awaitable[Change]:
         """Settle every open turn as cancelled."""
-        return self._writer.submit(
-            lambda db: writes.cancel_run(db, rows.run_key(db, organization, server_id, run_id), events, output)
+        return self._submit(
+            run_id,
+            lambda db: writes.cancel_run(db, rows.run_key(db, organization, server_id, run_id), events, output),
         )
 
     def claim_turns(self, limit: int) -> Awaitable[list[Change]]:
         """Claim queued turns, oldest first."""
-        return self._writer.submit(lambda db: writes.claim_turns(db, limit))
+        # Nothing is known of a run of which a turn waits for room only: none of its turns is running.
+        return self._writer.submit(partial(writes.claim_turns, self._connection, limit))
 
     def recover(self, max_attempts: int, may_repeat: Callable[[str], bool]) -> Awaitable[list[Change]]:
         """Settle the turns that a lost runtime left running."""
-        return self._writer.submit(lambda db: writes.recover(db, max_attempts, may_repeat))
+
+        def settle() -> list[Change]:
+            self._turns.forget_all()
+            return writes.recover(self._connection, max_attempts, may_repeat)
+
+        return self._writer.submit(settle)
+
+    def _submit(self, run_id: str, write: Callable[[apsw.Connection], _T]) -> Awaitable[_T]:
+        """Submit a write after which what was known of a run may not be true any more."""
+
+        def forget_and_write() -> _T:
+            self._turns.forget(run_id)
+            return write(self._connection)
+
+        return self._writer.submit(forget_and_write)
 
     # Reads
 

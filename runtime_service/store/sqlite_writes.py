@@ -1,18 +1,18 @@
-"""The writes of the embedded store, each a function of the connection inside a transaction.
+"""The rarer writes of the embedded store, each a function of the connection inside a transaction.
 
-Each raises an exception of its own only before it has changed anything (see `group_commit`).
+Each raises an exception of its own only before it has changed anything (see `group_commit`), and expects the file
+to be up to date: what `RunningTurns` had to write is written out.
 """
 
 from collections.abc import Callable, Sequence
 from itertools import takewhile
-from typing import Any
 
 import apsw
+from msgspec.structs import astuple
 
 from runtime_service.runs import (
     TERMINAL,
     EventDraft,
-    EventRole,
     LogLevel,
     Run,
     RunEvent,
@@ -22,34 +22,17 @@ from runtime_service.runs import (
 )
 from runtime_service.store.base import (
     Change,
-    NewRun,
     NewTurn,
     Outcome,
     TurnKey,
     TurnLost,
-    accepted_run,
     count_messages,
     incomplete_event,
     log_event,
     place_events,
     user_event,
 )
-from runtime_service.store.sqlite_rows import QUERIES, execute, one, run_at_turn, run_from_row, run_key
-
-
-def start_run(db: apsw.Connection, new: NewRun, claim: bool) -> Change:
-    """Store a run with its first turn and its user event."""
-    run = accepted_run(new, claim=claim)
-    execute(
-        db,
-        "insert_run",
-        (new.id, new.organization, new.server_id, new.title, new.metadata, new.created_at_ms, run.status),
-    )
-    key = db.last_insert_rowid()
-    events = place_events([user_event(new)], 1, 1)
-    _insert_turn(db, key, run.turn)
-    _insert_events(db, key, events)
-    return Change(run, events)
+from runtime_service.store.sqlite_rows import QUERIES, execute, run_at_turn, run_from_row, run_key
 
 
 def continue_run(db: apsw.Connection, new: NewTurn, claim: bool) -> Change:
@@ -71,18 +54,9 @@ def continue_run(db: apsw.Connection, new: NewTurn, claim: bool) -> Change:
     )
     events = place_events([user_event(new)], turn.number, turn.first_sequence)
     execute(db, "open_next_turn", (key, new.created_at_ms, turn.status))
-    _insert_turn(db, key, turn)
+    execute(db, "insert_turn", (key, *astuple(turn)))
     _insert_events(db, key, events)
     return Change(run_at_turn(db, key), events)
-
-
-def append_events(db: apsw.Connection, key: TurnKey, events: Sequence[EventDraft]) -> Change:
-    """Append to the log of a running turn. Raises TurnLost."""
-    row = _extend_log(db, "extend_log", key, events, now_ms())
-    if any(event.role is EventRole.ASSISTANT for event in events):
-        execute(db, "forget_draft", (row[10], key.turn))
-    turn = execute(db, "turn", (row[10], key.turn)).fetchone()
-    return Change(run_from_row((*row[:10], *one(turn))), _place(db, row, key, events))
 
 
 def save_draft(db: apsw.Connection, key: TurnKey, text: str) -> None:
@@ -90,23 +64,15 @@ def save_draft(db: apsw.Connection, key: TurnKey, text: str) -> None:
     execute(db, "save_draft", (*key, text))
 
 
-def finish_turn(db: apsw.Connection, key: TurnKey, events: Sequence[EventDraft], outcome: Outcome) -> Change:
-    """Append the last events and settle the turn. Raises TurnLost."""
-    at = now_ms()
-    row = _extend_log(db, "extend_log_and_settle", key, events, at, outcome.status)
-    turn = _settle_turn(db, row[10], key.turn, outcome, at)
-    if row[7] > key.turn:
-        execute(db, "make_ready", (row[10], key.turn + 1))
-    return Change(run_from_row((*row[:10], *turn)), _place(db, row, key, events))
-
-
 def release_turn(db: apsw.Connection, key: TurnKey, events: Sequence[EventDraft]) -> Change:
     """Queue a running turn again. Raises TurnLost."""
-    row = _extend_log(db, "extend_log_and_settle", key, events, now_ms(), RunStatus.QUEUED)
-    attempt = run_at_turn(db, row[10], key.turn).turn.attempt
-    execute(db, "requeue_turn", (row[10], key.turn, max(attempt - 1, 0)))
-    placed = _place(db, row, key, events)
-    return Change(run_at_turn(db, row[10], key.turn), placed)
+    row = execute(db, "running_turn", key).fetchone()
+    if row is None:
+        raise TurnLost
+    run = run_from_row(row)
+    execute(db, "requeue_turn", (row[24], key.turn, max(run.turn.attempt - 1, 0)))
+    # Where it is not the run's latest turn, that one waits behind it.
+    return _write_behind(db, row[24], run, key.turn, events, RunStatus.QUEUED, now_ms())
 
 
 def cancel_run(db: apsw.Connection, key: int, events: Sequence[EventDraft], output: str | None) -> Change:
@@ -193,72 +159,10 @@ def _write_behind(
     return Change(run_at_turn(db, key, number), placed)
 
 
-def _extend_log(
-    db: apsw.Connection,
-    query: str,
-    key: TurnKey,
-    events: Sequence[EventDraft],
-    at: int,
-    *status: RunStatus,
-) -> tuple[Any, ...]:
-    """Make room for events of a running turn; return the row of its run, its key last."""
-    bindings = (*key, len(events), count_messages(events), at, *status)
-    row: tuple[Any, ...] | None = execute(db, query, bindings).fetchone()
-    if row is None:
-        raise TurnLost
-    return row
-
-
-def _place(
-    db: apsw.Connection, row: tuple[Any, ...], key: TurnKey, events: Sequence[EventDraft]
-) -> tuple[RunEvent, ...]:
-    """Put the events where `_extend_log`, which gave `row`, made room."""
-    placed = place_events(events, key.turn, row[6])
-    _insert_events(db, row[10], placed)
-    return placed
-
-
-def _settle_turn(db: apsw.Connection, key: int, number: int, outcome: Outcome, at: int) -> tuple[Any, ...]:
-    bindings = (key, number, outcome.status, outcome.output, outcome.error, outcome.error_code, at)
-    return one(execute(db, "settle_turn", bindings).fetchone())
-
-
-def _insert_turn(db: apsw.Connection, key: int, turn: Turn) -> None:
-    execute(
-        db,
-        "insert_turn",
-        (
-            key,
-            turn.number,
-            turn.status,
-            turn.mode,
-            turn.input,
-            turn.first_sequence,
-            turn.created_at_ms,
-            turn.metadata,
-            turn.attempt,
-            turn.epoch,
-            turn.ready,
-        ),
-    )
+def _settle_turn(db: apsw.Connection, key: int, number: int, outcome: Outcome, at: int) -> None:
+    execute(db, "settle_turn", (key, number, outcome.status, outcome.output, outcome.error, outcome.error_code, at))
 
 
 def _insert_events(db: apsw.Connection, key: int, events: Sequence[RunEvent]) -> None:
     if events:
-        db.executemany(
-            QUERIES["insert_event"],
-            [
-                (
-                    key,
-                    e.sequence,
-                    e.turn,
-                    e.role,
-                    e.content,
-                    e.created_at_ms,
-                    e.log_type,
-                    e.log_level,
-                    e.metadata,
-                )
-                for e in events
-            ],
-        )
+        db.executemany(QUERIES["insert_event"], [(key, *astuple(event)) for event in events])

@@ -92,6 +92,12 @@ async def follow(log: EventLog, run: Run, after: int = 0, options: FollowOptions
         return [update async for update in updates]
 
 
+async def collected(log: EventLog, run: Run, wait_seconds: float | None = None) -> list[Update]:
+    """All that `collect` gives."""
+    async with aclosing(log.collect(run, wait_seconds)) as updates:
+        return [update async for update in updates]
+
+
 def views_of(log: EventLog, run: Run) -> dict[int, Run]:
     """What is known of a run that somebody follows."""
     live = log._live.get(run.id)
@@ -366,8 +372,7 @@ def test_collect_says_nothing_before_the_end_and_then_the_turn_only(tmp_path: Pa
             await tale.finish("one")
             second = await tale.resume("second")
             await tale.claim()
-            options = FollowOptions(turn=2, collect=True, deltas=True)
-            async with aclosing(tale.log.follow(second, second.turn.first_sequence - 1, options)) as updates:
+            async with aclosing(tale.log.collect(second)) as updates:
                 first = asyncio.ensure_future(anext(updates))
                 await tale.say("a")
                 await tale.resume("third")
@@ -396,7 +401,7 @@ def test_collect_of_a_long_turn_comes_in_pieces(tmp_path: Path) -> None:
                 await tale.say(*["x"] * 100)
             await tale.write([EventDraft(EventRole.ASSISTANT, "y" * 400_000, 1)] * 6)
             await tale.finish("end")
-            got = await follow(tale.log, run, 0, FollowOptions(turn=1, collect=True))
+            got = await collected(tale.log, run)
             assert sequences(got) == list(range(1, 2_509))
             assert all(len(update.events) <= event_log_module.BATCH_EVENTS for update in got)
             most = event_log_module.BATCH_BYTES + 400_000
@@ -417,7 +422,10 @@ def test_wait_seconds_ends_with_what_there_is(tmp_path: Path, collect: bool, wai
             await tale.say("a")
             loop = asyncio.get_running_loop()
             began = loop.time()
-            got = await follow(tale.log, run, 0, FollowOptions(turn=1, collect=collect, wait_seconds=wait_seconds))
+            if collect:
+                got = await collected(tale.log, run, wait_seconds)
+            else:
+                got = await follow(tale.log, run, 0, FollowOptions(turn=1, wait_seconds=wait_seconds))
             assert loop.time() - began >= wait_seconds - 0.002
             assert sequences(got) == [1, 2]
             assert got[-1].run is not None
@@ -448,9 +456,7 @@ def test_wait_seconds_does_not_hold_up_an_earlier_end(tmp_path: Path) -> None:
     async def main() -> None:
         async with story(tmp_path) as tale:
             run = await tale.start()
-            waiting = asyncio.create_task(
-                follow(tale.log, run, 0, FollowOptions(turn=1, collect=True, wait_seconds=3_600))
-            )
+            waiting = asyncio.create_task(collected(tale.log, run, 3_600))
             await tale.finish("a")
             assert sequences(await waiting) == [1, 2]
 
@@ -554,8 +560,9 @@ def test_close_ends_every_follower_with_draining(tmp_path: Path) -> None:
     async def main() -> None:
         async with story(tmp_path) as tale:
             run = await tale.start()
-            options = [FollowOptions(), FollowOptions(turn=1, collect=True), FollowOptions(wait_seconds=3_600)]
+            options = [FollowOptions(), FollowOptions(turn=1), FollowOptions(wait_seconds=3_600)]
             waiting = [asyncio.create_task(follow(tale.log, run, 0, option)) for option in options]
+            waiting.append(asyncio.create_task(collected(tale.log, run)))
             await eventually(lambda: views_of(tale.log, run))
             tale.log.close()
             for task in waiting:

@@ -263,7 +263,7 @@ def test_input_that_takes_the_drafts_place_moves_it_on(path: Path) -> None:
                 yield Delta("c")
                 yield Log("a line")
                 yield Delta("d")
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.01)
             yield Message("abcd")
 
         async with runtime(path, ScriptedAgent(script)) as rt:

@@ -1,15 +1,15 @@
 -- The queries of the embedded store. Each begins with a line `-- name: NAME`.
--- A turn is written to only where its epoch is the writer's own: no row means that it has been taken away.
+-- A turn is written to only while it runs and its epoch is the writer's own.
 
 -- name: insert_run
-INSERT INTO runs (id, organization, server_id, title, thread_metadata, created_at_ms, updated_at_ms,
+INSERT INTO runs (run_key, id, organization, server_id, title, thread_metadata, created_at_ms, updated_at_ms,
                   message_count, last_sequence, last_turn, status)
-VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?6, 1, 1, 1, ?7)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 
 -- name: insert_turn
-INSERT INTO turns (run_key, number, status, mode, input, first_sequence, created_at_ms, metadata, attempt, epoch,
-                   ready)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+INSERT INTO turns (run_key, number, status, mode, input, first_sequence, created_at_ms, output, error, error_code,
+                   metadata, completed_at_ms, attempt, epoch, ready)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 
 -- name: insert_event
 INSERT INTO events (run_key, sequence, turn, role, content, created_at_ms, log_type, log_level, metadata)
@@ -21,27 +21,15 @@ UPDATE runs SET last_turn = last_turn + 1, last_sequence = last_sequence + 1, me
 WHERE run_key = ?1
 
 -- name: extend_log
--- Makes room for events of a running turn; names the new end of the log.
-UPDATE runs SET last_sequence = last_sequence + ?4, message_count = message_count + ?5, updated_at_ms = ?6
-WHERE id = ?1 AND EXISTS (SELECT 1 FROM turns WHERE turns.run_key = runs.run_key AND number = ?2
-                                                AND epoch = ?3 AND turns.status = 'running')
-RETURNING id, organization, server_id, created_at_ms, updated_at_ms, message_count, last_sequence, last_turn, title,
-          thread_metadata, run_key
+UPDATE runs SET last_sequence = ?2, message_count = ?3, updated_at_ms = ?4 WHERE run_key = ?1
 
--- name: extend_log_and_settle
--- The same, and gives the run the status of its turn, if that is the latest.
-UPDATE runs SET last_sequence = last_sequence + ?4, message_count = message_count + ?5, updated_at_ms = ?6,
-                status = CASE WHEN last_turn = ?2 THEN ?7 ELSE status END
-WHERE id = ?1 AND EXISTS (SELECT 1 FROM turns WHERE turns.run_key = runs.run_key AND number = ?2
-                                                AND epoch = ?3 AND turns.status = 'running')
-RETURNING id, organization, server_id, created_at_ms, updated_at_ms, message_count, last_sequence, last_turn, title,
-          thread_metadata, run_key
+-- name: settle_run
+-- A run has the status of its latest turn.
+UPDATE runs SET status = ?3 WHERE run_key = ?1 AND last_turn = ?2
 
 -- name: settle_turn
 UPDATE turns SET status = ?3, output = ?4, error = ?5, error_code = ?6, completed_at_ms = ?7, draft = NULL
 WHERE run_key = ?1 AND number = ?2
-RETURNING number, status, mode, input, first_sequence, created_at_ms, output, error, error_code, metadata, completed_at_ms,
-          attempt, epoch, ready
 
 -- name: requeue_turn
 UPDATE turns SET status = 'queued', attempt = ?3, epoch = epoch + 1, draft = NULL
@@ -55,7 +43,7 @@ WHERE run_key = ?1 AND number = ?2
 UPDATE turns SET epoch = epoch + 1 WHERE run_key = ?1 AND number = ?2
 
 -- name: forget_draft
-UPDATE turns SET draft = NULL WHERE run_key = ?1 AND number = ?2 AND draft IS NOT NULL
+UPDATE turns SET draft = NULL WHERE run_key = ?1 AND number = ?2
 
 -- name: save_draft
 UPDATE turns SET draft = ?4
@@ -95,6 +83,9 @@ SELECT runs.id, organization, server_id, runs.created_at_ms, updated_at_ms, mess
 FROM runs JOIN turns ON turns.run_key = runs.run_key AND number = coalesce(?2, last_turn)
 WHERE runs.run_key = ?1
 
+-- name: last_run_key
+SELECT coalesce(max(run_key), 0) FROM runs
+
 -- name: draft
 SELECT draft FROM turns WHERE run_key = ?1 AND number = ?2
 
@@ -127,10 +118,14 @@ FROM turns INDEXED BY turns_open CROSS JOIN runs ON turns.run_key = runs.run_key
 WHERE turns.status = '{status}' AND organization = ?1 AND server_id = ?2 AND runs.run_key < ?3
 ORDER BY runs.run_key DESC LIMIT ?4
 
--- name: turn
-SELECT number, status, mode, input, first_sequence, created_at_ms, output, error, error_code, metadata, completed_at_ms,
-       attempt, epoch, ready
-FROM turns WHERE run_key = ?1 AND number = ?2
+-- name: running_turn
+SELECT runs.id, organization, server_id, runs.created_at_ms, updated_at_ms, message_count, last_sequence, last_turn,
+       title, thread_metadata,
+       number, turns.status, mode, input, first_sequence, turns.created_at_ms, output, error, error_code, metadata,
+       completed_at_ms, attempt, epoch, ready,
+       runs.run_key, draft IS NOT NULL
+FROM runs JOIN turns ON turns.run_key = runs.run_key AND number = ?2
+WHERE runs.id = ?1 AND epoch = ?3 AND turns.status = 'running'
 
 -- name: events_after
 SELECT sequence, turn, role, content, created_at_ms, log_type, log_level, metadata FROM events
