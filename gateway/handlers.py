@@ -23,7 +23,7 @@ from gateway.preferences import Waiting, choice, resume_after, waiting, whole_nu
 from gateway.request_body import read_body
 from gateway.requests import info_of
 from gateway.run_client import CallContext, RunClient, ServerTarget, UpdateStream
-from gateway.schema import RunList, RunStatus
+from gateway.schema import Envelope, RunList, RunStatus
 from gateway.streaming import OpenStreams, StreamForm, stream_form
 from protos.acp.runs.v1 import run_pb2 as pb
 from protos.acp.runs.v1 import run_service_pb2 as rpc
@@ -117,8 +117,7 @@ class RunHandlers:
         if choice(request.query, "include", ("events",)) is not None:
             return await self._answer_log(request, context, target, run_id, after=0, limit=0)
         answer = await self._client.get(context, target, run_id)
-        body = _head(target, answer.run, answer.thread) + b"}"
-        return web.Response(body=body, content_type=_JSON)
+        return web.Response(body=_envelope(target, answer.run, answer.thread), content_type=_JSON)
 
     async def events(self, request: web.Request, connected: bool) -> web.StreamResponse:
         """GET …/runs/{runId}/events"""
@@ -196,10 +195,9 @@ class RunHandlers:
             status = finished_status if run.status in TERMINAL and wait.seconds else 202
             if wait.applied is not None:
                 headers["Preference-Applied"] = wait.applied
-            head = _head(target, run, first.thread)
             second = await updates.next()
             if second is None:
-                body = b'%b,"events":[%b]}' % (head, _join(first.events))
+                body = _envelope(target, run, first.thread, first.events)
                 return web.Response(body=body, status=status, headers=headers, content_type=_JSON)
 
             async def rest() -> AsyncIterator[Iterable[pb.RunEvent]]:
@@ -209,6 +207,7 @@ class RunHandlers:
                     yield update.events
                     update = await updates.next()
 
+            head = _envelope(target, run, first.thread)
             return await self._write_pieces(request, status, headers, head, rest(), b"]}")
         finally:
             updates.cancel()
@@ -229,13 +228,12 @@ class RunHandlers:
             context, target, run_id, after=after, limit=limit, wait_seconds=wait_seconds
         )
         end = min(first.run.last_sequence, after + limit if limit else first.run.last_sequence)
-        head = _head(target, first.run, first.thread)
-        tail = b'],"has_more":%b}' % (b"true" if end < first.run.last_sequence else b"false")
+        has_more = end < first.run.last_sequence
         info = info_of(request)
         info.run_id = run_id
         reached = first.events[-1].sequence if first.events else end
         if reached >= end:
-            body = b'%b,"events":[%b%b' % (head, _join(first.events), tail)
+            body = _envelope(target, first.run, first.thread, first.events, has_more)
             return web.Response(body=body, content_type=_JSON)
 
         async def pages() -> AsyncIterator[Iterable[pb.RunEvent]]:
@@ -247,7 +245,8 @@ class RunHandlers:
                 page = await self._client.list_events(context, target, run_id, after=last, limit=min(end - last, 1_000))
                 last = page.events[-1].sequence if page.events else end
 
-        return await self._write_pieces(request, 200, info.headers, head, pages(), tail)
+        head = _envelope(target, first.run, first.thread)
+        return await self._write_pieces(request, 200, info.headers, head, pages(), b'],"has_more":%b}' % encode(has_more))
 
     async def _write_pieces(
         self,
@@ -258,15 +257,19 @@ class RunHandlers:
         pages: AsyncIterator[Iterable[pb.RunEvent]],
         tail: bytes,
     ) -> web.StreamResponse:
-        """Write an envelope without holding it. A failure in the middle cuts the connection: JSON has no other way."""
+        """Write an envelope without holding it: `head`, which is whole, then events in the place of its last brace.
+
+        A failure in the middle cuts the connection: JSON has no other way.
+        """
         response = web.StreamResponse(
             status=status, headers={**headers, "Content-Type": "application/json; charset=utf-8"}
         )
         await response.prepare(request)
-        separator = head + b',"events":['
+        separator = head[:-1] + b',"events":['
         try:
             async for events in pages:
-                if piece := _join(events):
+                # Without the brackets of the list; there is nothing to write of an empty one.
+                if piece := encode([event_document(event) for event in events])[1:-1]:
                     async with asyncio.timeout(self._config.write_seconds):
                         await response.write(separator + piece)
                     separator = b","
@@ -279,23 +282,23 @@ class RunHandlers:
         return response
 
 
-def _head(target: ServerTarget, run: pb.Run, thread: pb.Thread) -> bytes:
-    """Return the envelope without its events and its closing brace."""
-    runtime = b',"agentRuntimeId":' + encode(run.server_id) if target.connected else b""
-    return b'{"serverId":%b%b,"run":%b,"thread":%b' % (
-        encode(target.id),
-        runtime,
-        encode(run_document(run, thread)),
-        encode(thread_document(thread)),
+def _envelope(
+    target: ServerTarget,
+    run: pb.Run,
+    thread: pb.Thread,
+    events: Iterable[pb.RunEvent] | None = None,
+    has_more: bool | None = None,
+) -> bytes:
+    return encode(
+        Envelope(
+            serverId=target.id,
+            agentRuntimeId=run.server_id if target.connected else None,
+            run=run_document(run, thread),
+            thread=thread_document(thread),
+            events=None if events is None else [event_document(event) for event in events],
+            has_more=has_more,
+        )
     )
-
-
-def _envelope(target: ServerTarget, run: pb.Run, thread: pb.Thread, events: Iterable[pb.RunEvent]) -> bytes:
-    return b'%b,"events":[%b]}' % (_head(target, run, thread), _join(events))
-
-
-def _join(events: Iterable[pb.RunEvent]) -> bytes:
-    return b",".join([encode(event_document(event)) for event in events])
 
 
 def _mode(wait: Waiting, form: StreamForm | None) -> "pb.RunMode.ValueType":
