@@ -7,6 +7,7 @@ from typing import Final
 
 from aiohttp import web
 
+from gateway.answers import JsonAnswer
 from gateway.auth import Caller
 from gateway.errors import ApiError, title
 
@@ -62,20 +63,9 @@ def request_id(request: web.BaseRequest) -> str:
     return known
 
 
-def error_response(error: ApiError, request: web.BaseRequest) -> web.Response:
-    """The answer that carries the error's document, headers and request id.
-
-    `Connection: close` among the headers also makes aiohttp close the connection.
-    """
-    response = web.Response(
-        status=error.status,
-        body=error.body(),
-        headers={"X-Request-Id": request_id(request), **error.headers},
-        content_type="application/json",
-    )
-    if error.headers.get("Connection") == "close":
-        response.force_close()
-    return response
+def error_answer(error: ApiError, request: web.BaseRequest) -> JsonAnswer:
+    """The answer that carries the error's document, headers and request id."""
+    return JsonAnswer(error.body(), error.status, {"X-Request-Id": request_id(request), **error.headers})
 
 
 def from_http_exception(exception: web.HTTPException) -> ApiError:

@@ -17,7 +17,7 @@ from aiohttp.web_protocol import RequestHandler
 from gateway.errors import ApiError
 from gateway.http_server import GatewayRunner, HttpLimits
 from gateway.request_body import make_expect_handler, read_body
-from gateway.requests import error_response, from_http_exception, request_id
+from gateway.requests import error_answer, from_http_exception, request_id
 
 BODY_LIMIT_BYTES = 256 * 1024
 PATIENCE_SECONDS = 10.0
@@ -828,7 +828,7 @@ def test_endless_chunked_body_is_cut_off() -> None:
 
 
 def test_middleware_can_answer_as_the_server_does() -> None:
-    """`error_response` serves both, so that a document never depends on where it was made."""
+    """`error_answer` serves both, so that a document never depends on where it was made."""
 
     async def scenario() -> None:
         @web.middleware
@@ -838,7 +838,7 @@ def test_middleware_can_answer_as_the_server_does() -> None:
             try:
                 return await handler(request)
             except ApiError as error:
-                return error_response(error, request)
+                return error_answer(error, request).to_response()
 
         async def refuse(request: web.Request) -> web.StreamResponse:
             await read_body(request, 1, 1.0)
