@@ -7,7 +7,6 @@ from types import TracebackType
 from typing import Protocol
 
 import grpc
-import structlog
 from aiohttp import web
 
 from gateway.auth import KeyRing
@@ -15,14 +14,13 @@ from gateway.config import GatewayConfig, SettingError
 from gateway.errors import ApiError, from_rpc_error
 from gateway.handlers import Answer, RunHandlers
 from gateway.http_server import ROUTE_FINDER, GatewayRunner, HttpLimits, RouteFinder
+from gateway.logs import RequestLine, log_request
 from gateway.metrics import Metrics
 from gateway.request_body import make_expect_handler
 from gateway.requests import begin_info, error_answer, from_http_exception
 from gateway.routes import match_path, run_routes
 from gateway.run_client import RunClient
 from gateway.streaming import OpenStreams
-
-log = structlog.get_logger("gateway.access")
 
 _QUIET = frozenset({"/health", "/health/live", "/metrics"})
 
@@ -112,24 +110,26 @@ def _make_middleware(metrics: Metrics) -> _Middleware:
             status = 500
             raise
         finally:
-            resource = request.match_info.route.resource
+            match = request.match_info
+            resource = match.route.resource
             route = resource.canonical if resource is not None else "unmatched"
             seconds = perf_counter() - started
             metrics.request_ended(request.method if resource is not None else "ANY", route, status, seconds)
             if route not in _QUIET:
                 caller = info.caller
-                log.info(
-                    "request",
-                    method=request.method,
-                    route=route,
-                    status=status,
-                    code=code,
-                    duration_ms=round(seconds * 1000, 3),
-                    request_id=info.request_id,
-                    organization=None if caller is None else caller.organization,
-                    key_id=None if caller is None else caller.key_id,
-                    server_id=request.match_info.get("serverId"),
-                    run_id=info.run_id or request.match_info.get("runId"),
+                log_request(
+                    RequestLine(
+                        method=request.method,
+                        route=route,
+                        status=status,
+                        code=code,
+                        duration_ms=round(seconds * 1000, 3),
+                        request_id=info.request_id,
+                        organization=None if caller is None else caller.organization,
+                        key_id=None if caller is None else caller.key_id,
+                        server_id=match.get("serverId"),
+                        run_id=info.run_id or match.get("runId"),
+                    )
                 )
         return response
 
