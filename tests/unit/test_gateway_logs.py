@@ -1,0 +1,81 @@
+"""The lines of requests: when they are written, and in what pieces."""
+
+import asyncio
+import io
+import json
+from select import PIPE_BUF
+
+from gateway.logs import RequestLine, RequestLog
+
+
+def line(request_id: str) -> RequestLine:
+    """A line that is told by its request id."""
+    return RequestLine("GET", "/x", 200, None, 0.125, request_id, None, None, "s", None)
+
+
+class Pipe(io.BytesIO):
+    """Remembers each write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes: list[bytes] = []
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        self.writes.append(bytes(data))
+        return len(data)
+
+
+def test_lines_of_a_turn_are_written_together_before_the_next() -> None:
+    """One write for the lines of one turn of the loop, with every field, in order."""
+
+    async def scenario() -> None:
+        pipe = Pipe()
+        log = RequestLog(pipe)
+        log.add(line("one"))
+        log.add(line("two"))
+        assert not pipe.writes
+        await asyncio.sleep(0)
+        [written] = pipe.writes
+        first, second = (json.loads(text) for text in written.splitlines())
+        assert (first["request_id"], second["request_id"]) == ("one", "two")
+        assert first["timestamp"].endswith("Z")
+        assert list(first) == [
+            *("method", "route", "status", "code", "duration_ms", "request_id", "organization", "key_id"),
+            *("server_id", "run_id", "event", "level", "timestamp"),
+        ]
+        log.add(line("three"))
+        await asyncio.sleep(0)
+        assert json.loads(pipe.writes[1])["request_id"] == "three"
+
+    asyncio.run(scenario())
+
+
+def test_no_write_is_longer_than_a_pipe_takes_at_once() -> None:
+    """Whole lines only, none lost, in order."""
+
+    async def scenario() -> None:
+        pipe = Pipe()
+        log = RequestLog(pipe)
+        for number in range(100):
+            log.add(line(f"{number:0128d}"))
+        await asyncio.sleep(0)
+        assert 1 < len(pipe.writes) < 100
+        assert all(len(written) <= PIPE_BUF and written.endswith(b"\n") for written in pipe.writes)
+        ids = [int(json.loads(text)["request_id"]) for text in b"".join(pipe.writes).splitlines()]
+        assert ids == list(range(100))
+
+    asyncio.run(scenario())
+
+
+def test_what_is_left_at_the_end_is_written() -> None:
+    """As `atexit` does it, when the loop has no turn left."""
+
+    async def scenario() -> None:
+        log.add(line("last"))
+        log.flush()
+
+    pipe = Pipe()
+    log = RequestLog(pipe)
+    asyncio.run(scenario())
+    assert json.loads(pipe.writes[0])["request_id"] == "last"
+    assert len(pipe.writes) == 1
