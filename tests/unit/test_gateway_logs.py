@@ -3,9 +3,12 @@
 import asyncio
 import io
 import json
+import logging
+import subprocess
+import sys
 from select import PIPE_BUF
 
-from gateway.logs import RequestLine, RequestLog
+from gateway.logs import JsonFormatter, RequestLine, RequestLog
 
 
 def line(request_id: str) -> RequestLine:
@@ -79,3 +82,25 @@ def test_what_is_left_at_the_end_is_written() -> None:
     asyncio.run(scenario())
     assert json.loads(pipe.writes[0])["request_id"] == "last"
     assert len(pipe.writes) == 1
+
+
+def test_record_is_one_json_object() -> None:
+    """Its words, what it was given besides, its level and time, and what went wrong."""
+    record = logging.makeLogRecord(
+        {"msg": "met %s", "args": ("x",), "levelname": "ERROR", "request_id": "r", "odd": {1}}
+    )
+    try:
+        raise ValueError("the reason")
+    except ValueError:
+        record.exc_info = sys.exc_info()
+    document = json.loads(JsonFormatter().format(record))
+    assert list(document) == ["event", "request_id", "odd", "level", "timestamp", "exception"]
+    assert (document["event"], document["request_id"], document["level"]) == ("met x", "r", "error")
+    assert document["exception"].endswith("ValueError: the reason")
+
+
+def test_start_imports_nothing_for_terminals() -> None:
+    """What only people at a terminal need is imported when there is one."""
+    program = "import sys, gateway.__main__; print({'rich', 'structlog', 'pygments'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
