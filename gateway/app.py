@@ -1,30 +1,33 @@
 """Composition: middleware, routes, health and metrics, and the lives of the channel and the streams."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from time import perf_counter
 from types import TracebackType
+from typing import Protocol
 
-import structlog
 from aiohttp import web
-from aiohttp.typedefs import Middleware
 
 from gateway.auth import KeyRing
 from gateway.config import GatewayConfig, SettingError
 from gateway.errors import ApiError
-from gateway.handlers import RunHandlers
-from gateway.http_server import GatewayRunner, HttpLimits
+from gateway.handlers import Answer, RunHandlers
+from gateway.http_server import ROUTE_FINDER, GatewayRunner, HttpLimits, RouteFinder
+from gateway.logs import RequestLine, log_request
 from gateway.metrics import Metrics
 from gateway.request_body import make_expect_handler
-from gateway.requests import begin_info, error_response, from_http_exception
-from gateway.routes import run_routes
+from gateway.requests import begin_info, error_answer, from_http_exception
+from gateway.routes import match_path, run_routes
 from gateway.run_client import RunClient
 from gateway.streaming import OpenStreams
 
-log = structlog.get_logger("gateway.access")
-
 _QUIET = frozenset({"/health", "/health/live", "/metrics"})
 
-_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+_Handler = Callable[[web.Request], Awaitable[Answer]]
+
+
+class _Middleware(Protocol):
+    def __call__(self, request: web.Request, handler: _Handler) -> Awaitable[Answer]: ...
 
 
 def make_app(config: GatewayConfig) -> web.Application:
@@ -33,10 +36,12 @@ def make_app(config: GatewayConfig) -> web.Application:
     client = RunClient(config.grpc_target, config.service_token, config.max_calls, config.reconnect_seconds)
     streams = OpenStreams(config.heartbeat_seconds, config.write_seconds)
     metrics = Metrics(lambda: len(streams))
-    app = web.Application(middlewares=[_make_middleware(metrics)])
+    middleware = _make_middleware(metrics)
+    app = web.Application(middlewares=[middleware])  # type: ignore[list-item]  # its types know no JsonAnswer
     expect_handler = make_expect_handler(config.max_body_bytes)
     for route in run_routes(RunHandlers(config, client, keys, streams, metrics)):
         app.router.add_route(route.method, route.path, route.handler, expect_handler=expect_handler)
+    app[ROUTE_FINDER] = _make_route_finder(app, middleware)
 
     async def health(_: web.Request) -> web.Response:
         ready = await client.is_serving()
@@ -67,52 +72,71 @@ def make_app(config: GatewayConfig) -> web.Application:
     return app
 
 
-def _make_middleware(metrics: Metrics) -> Middleware:
+def _make_route_finder(app: web.Application, middleware: _Middleware) -> RouteFinder:
+    """Return what finds the routes that `app` has by now and that `match_path` knows."""
+    routes = {
+        (route.method, route.resource.canonical): (route, partial(middleware, handler=route.handler))
+        for route in app.router.routes()
+        if route.resource is not None
+    }
+
+    def find(request: web.Request) -> tuple[web.UrlMappingMatchInfo, _Handler] | None:
+        matched = match_path(request.rel_url.path_safe)
+        if matched is None or (found := routes.get((request.method, matched[0]))) is None:
+            return None
+        return web.UrlMappingMatchInfo(matched[1], found[0]), found[1]
+
+    return find
+
+
+def _make_middleware(metrics: Metrics) -> _Middleware:
     @web.middleware
-    async def middleware(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    async def middleware(request: web.Request, handler: _Handler) -> Answer:
         """Turn errors into documents; count and log every request, however it ends."""
         started = perf_counter()
         info = begin_info(request)
         status, code = 499, None  # what is logged when the client is gone before its answer
         try:
-            response = await _answer(request, handler)
+            response: Answer = await _answer(request, handler)
             status = response.status
             if not response.prepared:
                 response.headers["X-Request-Id"] = info.request_id
         except ApiError as error:
             status, code = error.status, error.code
-            response = error_response(error, request)
+            response = error_answer(error, request)
         except ConnectionError:
             raise
         except Exception:
             status = 500
             raise
         finally:
-            resource = request.match_info.route.resource
+            match = request.match_info
+            resource = match.route.resource
             route = resource.canonical if resource is not None else "unmatched"
             seconds = perf_counter() - started
             metrics.request_ended(request.method if resource is not None else "ANY", route, status, seconds)
             if route not in _QUIET:
                 caller = info.caller
-                log.info(
-                    "request",
-                    method=request.method,
-                    route=route,
-                    status=status,
-                    code=code,
-                    duration_ms=round(seconds * 1000, 3),
-                    request_id=info.request_id,
-                    organization=None if caller is None else caller.organization,
-                    key_id=None if caller is None else caller.key_id,
-                    server_id=request.match_info.get("serverId"),
-                    run_id=info.run_id or request.match_info.get("runId"),
+                log_request(
+                    RequestLine(
+                        method=request.method,
+                        route=route,
+                        status=status,
+                        code=code,
+                        duration_ms=round(seconds * 1000, 3),
+                        request_id=info.request_id,
+                        organization=None if caller is None else caller.organization,
+                        key_id=None if caller is None else caller.key_id,
+                        server_id=match.get("serverId"),
+                        run_id=info.run_id or match.get("runId"),
+                    )
                 )
         return response
 
     return middleware
 
 
-async def _answer(request: web.Request, handler: _Handler) -> web.StreamResponse:
+async def _answer(request: web.Request, handler: _Handler) -> Answer:
     """Return the handler's answer; errors of the router become ApiError."""
     try:
         return await handler(request)

@@ -2,7 +2,8 @@
 
 Knows the contract of `acp-api.md` and nothing of HTTP or gRPC. Everything that is wrong with a body is an
 `ApiError` 400. Two parsers, because neither does all: the standard library's sees duplicate keys, absurd
-numbers and lone surrogates; msgspec hands out the exact text of `metadata`.
+numbers and lone surrogates; msgspec, ten times as fast, reads the bodies that can hold none of these, and
+hands out the exact text of `metadata`.
 """
 
 import json
@@ -137,8 +138,28 @@ _NO_BRACKETS: Final = bytes(set(range(256)) - set(b"[{]}"))
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
+_plain: Final = msgspec.json.Decoder(dict[str, str]).decode
+
+
+def _decode_plain(body: bytes) -> dict[str, Any] | None:
+    """The body where it is as most are: an object of strings without escapes, no key twice. None is no verdict.
+
+    Each key and each string has two quotation marks, so a key that came twice shows in their number.
+    """
+    if b"\\" in body:
+        return None
+    try:
+        document = _plain(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    return document if body.count(b'"') == 4 * len(document) else None
+
+
 def _decode_object(body: bytes, limits: BodyLimits) -> dict[str, Any]:
     """The body as an object without duplicate keys, lone surrogates, or numbers that nothing can hold."""
+    plain = _decode_plain(body)
+    if plain is not None:
+        return plain
     # There is no nesting without brackets, so most bodies need no closer look.
     if body.count(b"{") + body.count(b"[") > limits.depth and _depth(body) > limits.depth:
         raise _invalid_json(f"The body is nested more than {limits.depth} levels deep.")

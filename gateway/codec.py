@@ -7,6 +7,7 @@ from time import gmtime, strftime
 from typing import get_args
 
 import msgspec
+from msgspec import Raw
 
 from gateway.schema import (
     EventDocument,
@@ -39,42 +40,47 @@ TERMINAL = frozenset({pb.RUN_STATUS_COMPLETED, pb.RUN_STATUS_FAILED, pb.RUN_STAT
 def run_document(run: pb.Run, thread: pb.Thread) -> RunDocument:
     """Return the run as clients know it."""
     title = run.title or None
+    metadata = run.metadata_json
+    completed_at = run.completed_at_unix_ms
+    # By position, as in the two below: names cost more than a tenth of the call.
     return RunDocument(
-        id=run.id,
-        serverId=run.server_id,
-        threadId=run.thread_id,
-        input=run.input,
-        mode=_MODES[run.mode],
-        status=_STATUSES[run.status],
-        createdAt=timestamp(run.created_at_unix_ms),
-        threadBacked=True,
-        threadStatus=_THREAD_STATUSES[thread.status],
-        title=title,
-        output=run.output or None,
-        error=run.error or None,
-        errorCode=run.error_code or None,
-        metadata=_raw(run.metadata_json),
-        completedAt=timestamp(run.completed_at_unix_ms) if run.completed_at_unix_ms else None,
-        sessionProtocol=run.session_protocol or None,
-        threadTitle=title,
+        run.id,
+        run.server_id,
+        run.thread_id,
+        run.input,
+        _MODES[run.mode],
+        _STATUSES[run.status],
+        timestamp(run.created_at_unix_ms),
+        True,
+        _THREAD_STATUSES[thread.status],
+        title,
+        run.output or None,
+        run.error or None,
+        run.error_code or None,
+        Raw(metadata) if metadata else None,
+        timestamp(completed_at) if completed_at else None,
+        run.session_protocol or None,
+        title,
     )
 
 
 def thread_document(thread: pb.Thread) -> ThreadDocument:
     """Return the thread as clients know it."""
+    metadata = thread.metadata_json
     return ThreadDocument(
-        id=thread.id,
-        status=_THREAD_STATUSES[thread.status],
-        messageCount=thread.message_count,
-        createdAt=timestamp(thread.created_at_unix_ms),
-        updatedAt=timestamp(thread.updated_at_unix_ms),
-        title=thread.title or None,
-        metadata=_raw(thread.metadata_json),
+        thread.id,
+        _THREAD_STATUSES[thread.status],
+        thread.message_count,
+        timestamp(thread.created_at_unix_ms),
+        timestamp(thread.updated_at_unix_ms),
+        thread.title or None,
+        Raw(metadata) if metadata else None,
     )
 
 
 def event_document(event: pb.RunEvent) -> EventDocument:
     """Return the event as clients know it."""
+    metadata = event.metadata_json
     return EventDocument(
         event.id,
         event.sequence,
@@ -83,7 +89,7 @@ def event_document(event: pb.RunEvent) -> EventDocument:
         timestamp(event.created_at_unix_ms),
         event.log_type or None,
         _LEVELS[event.log_level],
-        _raw(event.metadata_json),
+        Raw(metadata) if metadata else None,
     )
 
 
@@ -97,16 +103,14 @@ def status_name(status: pb.RunStatus.ValueType) -> RunStatus:
     return _STATUSES[status]
 
 
+# The events of one turn share a few milliseconds, and so do the runs of a busy moment.
+@lru_cache(maxsize=1024)
 def timestamp(unix_ms: int) -> str:
     """Return ISO 8601 in UTC with milliseconds, such as 2026-11-21T20:15:00.000Z."""
     seconds, ms = divmod(unix_ms, 1000)
     return f"{_second(seconds)}.{ms:03d}Z"
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)
 def _second(seconds: int) -> str:
     return strftime("%Y-%m-%dT%H:%M:%S", gmtime(seconds))
-
-
-def _raw(text: bytes) -> msgspec.Raw | None:
-    return msgspec.Raw(text) if text else None

@@ -1,11 +1,11 @@
 """One short method an operation: decode, call, encode. What is the same for all is in `app`."""
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import get_args
 
 from aiohttp import web
 
+from gateway.answers import JsonAnswer
 from gateway.auth import Caller, KeyRing, Scope, require
 from gateway.bodies import BodyLimits, decode_cancel, decode_continue, decode_start
 from gateway.codec import (
@@ -23,16 +23,16 @@ from gateway.preferences import Waiting, choice, resume_after, waiting, whole_nu
 from gateway.request_body import read_body
 from gateway.requests import info_of
 from gateway.run_client import CallContext, RunClient, ServerTarget, UpdateStream
-from gateway.schema import RunList, RunStatus
+from gateway.schema import Envelope, RunList, RunStatus
 from gateway.streaming import OpenStreams, StreamForm, stream_form
 from protos.acp.runs.v1 import run_pb2 as pb
 from protos.acp.runs.v1 import run_service_pb2 as rpc
 
-Handler = Callable[[web.Request, bool], Awaitable[web.StreamResponse]]
+Answer = web.StreamResponse | JsonAnswer
+Handler = Callable[[web.Request, bool], Awaitable[Answer]]
 
 _DEFAULT_PAGE = 50
 _MAX_PAGE = 200
-_JSON = "application/json"
 
 
 class RunHandlers:
@@ -53,7 +53,7 @@ class RunHandlers:
         self._metrics = metrics
         self._body_limits = BodyLimits(config.max_json_depth, config.max_title_characters, config.max_metadata_bytes)
 
-    async def start(self, request: web.Request, connected: bool) -> web.StreamResponse:
+    async def start(self, request: web.Request, connected: bool) -> Answer:
         """POST …/runs"""
         context, target = self._enter(request, "execute", connected)
         body = decode_start(await self._body(request), self._body_limits)
@@ -70,7 +70,7 @@ class RunHandlers:
         )
         return await self._answer_turn(request, target, updates, form, wait, finished_status=201)
 
-    async def continue_(self, request: web.Request, connected: bool) -> web.StreamResponse:
+    async def continue_(self, request: web.Request, connected: bool) -> Answer:
         """POST …/runs/{runId}/input"""
         context, target = self._enter(request, "execute", connected)
         body = decode_continue(await self._body(request), self._body_limits)
@@ -87,7 +87,7 @@ class RunHandlers:
         )
         return await self._answer_turn(request, target, updates, form, wait, finished_status=200)
 
-    async def list(self, request: web.Request, connected: bool) -> web.StreamResponse:
+    async def list(self, request: web.Request, connected: bool) -> Answer:
         """GET …/runs"""
         context, target = self._enter(request, "runs:read", connected)
         status = choice(request.query, "status", get_args(RunStatus))
@@ -108,19 +108,18 @@ class RunHandlers:
             agentRuntimeId=page.agent_runtime_id if target.connected else None,
             nextPageToken=page.next_page_token or None,
         )
-        return web.Response(body=encode(document), content_type=_JSON)
+        return JsonAnswer(encode(document))
 
-    async def get(self, request: web.Request, connected: bool) -> web.StreamResponse:
+    async def get(self, request: web.Request, connected: bool) -> Answer:
         """GET …/runs/{runId}"""
         context, target = self._enter(request, "runs:read", connected)
         run_id = request.match_info["runId"]
         if choice(request.query, "include", ("events",)) is not None:
             return await self._answer_log(request, context, target, run_id, after=0, limit=0)
         answer = await self._client.get(context, target, run_id)
-        body = _head(target, answer.run, answer.thread) + b"}"
-        return web.Response(body=body, content_type=_JSON)
+        return JsonAnswer(_envelope(target, answer.run, answer.thread))
 
-    async def events(self, request: web.Request, connected: bool) -> web.StreamResponse:
+    async def events(self, request: web.Request, connected: bool) -> Answer:
         """GET …/runs/{runId}/events"""
         context, target = self._enter(request, "runs:read", connected)
         run_id = request.match_info["runId"]
@@ -139,14 +138,13 @@ class RunHandlers:
             wait_seconds=whole_number(request.query, "wait", 0, most=int(self._config.wait_limit_seconds)),
         )
 
-    async def cancel(self, request: web.Request, connected: bool) -> web.StreamResponse:
+    async def cancel(self, request: web.Request, connected: bool) -> Answer:
         """POST …/runs/{runId}/cancel"""
         context, target = self._enter(request, "execute", connected)
         decode_cancel(await self._body(request, may_be_empty=True))
         answer = await self._client.cancel(context, target, request.match_info["runId"])
         self._metrics.run_answered("cancel", status_name(answer.run.status))
-        body = _envelope(target, answer.run, answer.thread, answer.events)
-        return web.Response(body=body, content_type=_JSON)
+        return JsonAnswer(_envelope(target, answer.run, answer.thread, answer.events))
 
     # What operations share
 
@@ -176,7 +174,7 @@ class RunHandlers:
         form: StreamForm | None,
         wait: Waiting,
         finished_status: int,
-    ) -> web.StreamResponse:
+    ) -> Answer:
         """Answer a start or continue: as it happens, or once the turn has ended or the wait is over."""
         info = info_of(request)
         operation = "start" if finished_status == 201 else "continue"
@@ -196,11 +194,9 @@ class RunHandlers:
             status = finished_status if run.status in TERMINAL and wait.seconds else 202
             if wait.applied is not None:
                 headers["Preference-Applied"] = wait.applied
-            head = _head(target, run, first.thread)
             second = await updates.next()
             if second is None:
-                body = b'%b,"events":[%b]}' % (head, _join(first.events))
-                return web.Response(body=body, status=status, headers=headers, content_type=_JSON)
+                return JsonAnswer(_envelope(target, run, first.thread, first.events), status, headers)
 
             async def rest() -> AsyncIterator[Iterable[pb.RunEvent]]:
                 yield first.events
@@ -209,6 +205,7 @@ class RunHandlers:
                     yield update.events
                     update = await updates.next()
 
+            head = _envelope(target, run, first.thread)
             return await self._write_pieces(request, status, headers, head, rest(), b"]}")
         finally:
             updates.stop()
@@ -223,20 +220,18 @@ class RunHandlers:
         after: int,
         limit: int,
         wait_seconds: float = 0,
-    ) -> web.StreamResponse:
+    ) -> Answer:
         """Answer with a run's log, written out page by page as it was when the first page was read."""
         first = await self._client.list_events(
             context, target, run_id, after=after, limit=limit, wait_seconds=wait_seconds
         )
         end = min(first.run.last_sequence, after + limit if limit else first.run.last_sequence)
-        head = _head(target, first.run, first.thread)
-        tail = b'],"has_more":%b}' % (b"true" if end < first.run.last_sequence else b"false")
+        has_more = end < first.run.last_sequence
         info = info_of(request)
         info.run_id = run_id
         reached = first.events[-1].sequence if first.events else end
         if reached >= end:
-            body = b'%b,"events":[%b%b' % (head, _join(first.events), tail)
-            return web.Response(body=body, content_type=_JSON)
+            return JsonAnswer(_envelope(target, first.run, first.thread, first.events, has_more))
 
         async def pages() -> AsyncIterator[Iterable[pb.RunEvent]]:
             page, last = first, reached
@@ -247,7 +242,10 @@ class RunHandlers:
                 page = await self._client.list_events(context, target, run_id, after=last, limit=min(end - last, 1_000))
                 last = page.events[-1].sequence if page.events else end
 
-        return await self._write_pieces(request, 200, info.headers, head, pages(), tail)
+        head = _envelope(target, first.run, first.thread)
+        return await self._write_pieces(
+            request, 200, info.headers, head, pages(), b'],"has_more":%b}' % encode(has_more)
+        )
 
     async def _write_pieces(
         self,
@@ -258,17 +256,20 @@ class RunHandlers:
         pages: AsyncIterator[Iterable[pb.RunEvent]],
         tail: bytes,
     ) -> web.StreamResponse:
-        """Write an envelope without holding it. A failure in the middle cuts the connection: JSON has no other way."""
+        """Write an envelope without holding it: `head`, which is whole, then events in the place of its last brace.
+
+        A failure in the middle cuts the connection: JSON has no other way.
+        """
         response = web.StreamResponse(
             status=status, headers={**headers, "Content-Type": "application/json; charset=utf-8"}
         )
         await response.prepare(request)
-        separator = head + b',"events":['
+        separator = head[:-1] + b',"events":['
         try:
             async for events in pages:
-                if piece := _join(events):
-                    async with asyncio.timeout(self._config.write_seconds):
-                        await response.write(separator + piece)
+                # Without the brackets of the list; there is nothing to write of an empty one.
+                if piece := encode([event_document(event) for event in events])[1:-1]:
+                    await response.write(separator + piece)
                     separator = b","
             await response.write((separator if separator != b"," else b"") + tail)
             await response.write_eof()
@@ -279,23 +280,23 @@ class RunHandlers:
         return response
 
 
-def _head(target: ServerTarget, run: pb.Run, thread: pb.Thread) -> bytes:
-    """Return the envelope without its events and its closing brace."""
-    runtime = b',"agentRuntimeId":' + encode(run.server_id) if target.connected else b""
-    return b'{"serverId":%b%b,"run":%b,"thread":%b' % (
-        encode(target.id),
-        runtime,
-        encode(run_document(run, thread)),
-        encode(thread_document(thread)),
+def _envelope(
+    target: ServerTarget,
+    run: pb.Run,
+    thread: pb.Thread,
+    events: Iterable[pb.RunEvent] | None = None,
+    has_more: bool | None = None,
+) -> bytes:
+    return encode(
+        Envelope(
+            serverId=target.id,
+            agentRuntimeId=run.server_id if target.connected else None,
+            run=run_document(run, thread),
+            thread=thread_document(thread),
+            events=None if events is None else [event_document(event) for event in events],
+            has_more=has_more,
+        )
     )
-
-
-def _envelope(target: ServerTarget, run: pb.Run, thread: pb.Thread, events: Iterable[pb.RunEvent]) -> bytes:
-    return b'%b,"events":[%b]}' % (_head(target, run, thread), _join(events))
-
-
-def _join(events: Iterable[pb.RunEvent]) -> bytes:
-    return b",".join([encode(event_document(event)) for event in events])
 
 
 def _mode(wait: Waiting, form: StreamForm | None) -> "pb.RunMode.ValueType":

@@ -11,15 +11,18 @@ import logging
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, cast
 
 from aiohttp import web
+from aiohttp.http import HttpVersion11
 from aiohttp.http_exceptions import LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
+from gateway.answers import JsonAnswer
 from gateway.errors import ApiError
-from gateway.requests import error_response, from_http_exception, new_request_id, request_id
+from gateway.requests import error_answer, from_http_exception, new_request_id, request_id
 
 _LOG = logging.getLogger(__name__)
 
@@ -53,6 +56,11 @@ class HttpLimits:
 
 
 DEFAULT_LIMITS: Final = HttpLimits()
+
+RouteFinder = Callable[[web.Request], tuple[web.UrlMappingMatchInfo, Callable[[web.Request], Awaitable[Any]]] | None]
+ROUTE_FINDER: Final = web.AppKey[RouteFinder]("route_finder")
+"""Where an application may keep what finds routes faster than aiohttp's router: a route's match with the handler
+to be called, middleware and all; None leaves a request to the router."""
 
 
 class GatewayRunner(web.AppRunner):
@@ -94,13 +102,24 @@ class GatewayRunner(web.AppRunner):
 
     async def _make_server(self) -> web.Server:
         made = await super()._make_server()
+        finder = self.app.get(ROUTE_FINDER)
         return _Server(
-            made.request_handler,
+            made.request_handler if finder is None else partial(_handle, finder, made.request_handler),
             request_factory=made.request_factory,
             loop=made._loop,
             limits=self._limits,
             **made._kwargs,
         )
+
+
+def _handle(find: RouteFinder, by_router: Callable[[web.Request], Awaitable[Any]], request: web.Request) -> Any:
+    """`Application._handle` in short, for requests whose route is found; returns what is to be awaited."""
+    # The router's way knows how to meet expectations.
+    found = None if "Expect" in request.headers else find(request)
+    if found is None:
+        return by_router(request)
+    request._match_info, handler = found
+    return handler(request)
 
 
 class _Server(web.Server):
@@ -169,6 +188,11 @@ class _Connection(RequestHandler):
         elif self._head_timer is not None:
             self._stop_head_timer()
 
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        # aiohttp's readers of bodies call it after every read, paused or not, and it always feeds the parser again.
+        if self._reading_paused:
+            super().resume_reading(resume_parser)
+
     async def shutdown(self, timeout: float | None = 15.0) -> None:
         self._stop_head_timer()
         await super().shutdown(timeout)
@@ -176,24 +200,57 @@ class _Connection(RequestHandler):
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
-        if type(resp) is not web.Response:
-            if isinstance(resp, web.HTTPException):
-                if resp.status >= 400 and resp.content_type != "application/json":
-                    resp = error_response(from_http_exception(resp), request)
-            elif not isinstance(resp, web.StreamResponse):
-                resp = self.handle_error(request, 500, TypeError(f"A handler returned {type(resp)}."))
+        answer: Any = resp
+        if type(answer) is not JsonAnswer:
+            if isinstance(answer, web.HTTPException):
+                if answer.status >= 400 and answer.content_type != "application/json":
+                    answer = error_answer(from_http_exception(answer), request)
+            elif not isinstance(answer, web.StreamResponse):
+                answer = self.handle_error(request, 500, TypeError(f"A handler returned {type(answer)}."))
         if self._took_offence and not self._messages:
             # That was the last request that could be understood.
             self._close = True
-        seconds = cast(_Server, self._manager).limits.write_seconds if self._manager is not None else None
+        if type(answer) is JsonAnswer:
+            if self._is_usual(request, answer):
+                return await self._write_answer(answer)
+            answer = answer.to_response()
+        return await super().finish_response(request, answer, start_time)
+
+    def _is_usual(self, request: web.BaseRequest, answer: JsonAnswer) -> bool:
+        """Whether an answer is no more than its bytes: nothing of it hangs on the request, nothing comes of it."""
+        message = request._message
+        return (
+            answer.keep_alive
+            and not message.should_close
+            and message.version == HttpVersion11
+            and message.method != "HEAD"
+            and not self._upgraded
+        )
+
+    async def _write_answer(self, answer: JsonAnswer) -> tuple[web.StreamResponse, bool]:
+        """Does what `finish_response` does, for a usual answer, of which aiohttp needs `keep_alive` alone."""
+        written = cast(web.StreamResponse, answer)
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            return written, True
+        transport.write(answer.to_bytes())
+        if self._paused:
+            try:
+                await self._drain_helper()
+            except ConnectionError:
+                return written, True
+        return written, False
+
+    async def _drain_helper(self) -> None:
+        """Waits for the client to read. A time-out only here, as only few answers have to wait for their clients."""
+        manager = self._manager
         try:
-            async with asyncio.timeout(None if resp.prepared else seconds):
-                return await super().finish_response(request, resp, start_time)
+            async with asyncio.timeout(None if manager is None else cast(_Server, manager).limits.write_seconds):
+                await super()._drain_helper()
         except TimeoutError:
-            # A client that does not read its answer.
             if self.transport is not None:
                 self.transport.abort()
-            return resp, True
+            raise ConnectionResetError("The client does not read its answer.") from None
 
     def handle_error(
         self,
@@ -224,7 +281,7 @@ class _Connection(RequestHandler):
         if request.writer.output_size > 0:
             # An answer has begun; all that is left is to break it off. aiohttp closes the connection.
             raise ConnectionError("The answer had begun.")
-        return error_response(error, request)
+        return cast(web.StreamResponse, error_answer(error, request))
 
     def _make_error_handler(self, err_info: _ErrInfo) -> Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]:
         """Answers what the parser refuses, and what `_head_is_late` does."""
@@ -238,7 +295,7 @@ class _Connection(RequestHandler):
                 type(err_info.exc).__name__,
                 extra={"request_id": request_id(request)},
             )
-            return error_response(error, request)
+            return cast(web.StreamResponse, error_answer(error, request))
 
         return refuse
 

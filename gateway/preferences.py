@@ -21,6 +21,8 @@ class Waiting(msgspec.Struct, frozen=True):
 
 def waiting(mode: Mode | None, prefer: list[str], limit_seconds: float) -> Waiting:
     """Decide how long to wait. A `mode` in the body counts more than the header, which may only shorten a wait."""
+    if not prefer:
+        return Waiting(0 if mode == "async" else limit_seconds)
     respond_async, wait = False, None
     for preference in ",".join(prefer).split(","):
         token = preference.split(";")[0].strip().lower()

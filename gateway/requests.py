@@ -2,15 +2,15 @@
 
 import re
 import secrets
+from collections.abc import Iterator
 from http import HTTPStatus
 from typing import Final
 
 from aiohttp import web
 
+from gateway.answers import JsonAnswer
 from gateway.auth import Caller
 from gateway.errors import ApiError, title
-
-REQUEST_ID: Final = web.RequestKey("request_id", str)
 
 # What a caller's own request id may look like: it is logged, and goes into gRPC metadata.
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -25,7 +25,9 @@ class RequestInfo:
     __slots__ = ("caller", "request_id", "run_id", "traceparent")
 
     def __init__(self, request: web.BaseRequest) -> None:
-        self.request_id = request_id(request)
+        known = request.headers.get("X-Request-Id")
+        # The caller's own where that is fit to be one.
+        self.request_id = new_request_id() if known is None or _REQUEST_ID.fullmatch(known) is None else known
         trace = request.headers.get("traceparent")
         self.traceparent = trace if trace and _TRACEPARENT.fullmatch(trace) else None
         self.caller: Caller | None = None
@@ -52,30 +54,13 @@ def info_of(request: web.BaseRequest) -> RequestInfo:
 
 
 def request_id(request: web.BaseRequest) -> str:
-    """The id of a request: the caller's X-Request-Id where that is fit to be one, else a new one."""
-    known: str | None = request.get(REQUEST_ID)
-    if known is None:
-        known = request.headers.get("X-Request-Id")
-        if known is None or _REQUEST_ID.fullmatch(known) is None:
-            known = new_request_id()
-        request[REQUEST_ID] = known
-    return known
+    """Return the id of a request, also of one that the application never saw."""
+    return (request.get(_INFO) or begin_info(request)).request_id
 
 
-def error_response(error: ApiError, request: web.BaseRequest) -> web.Response:
-    """The answer that carries the error's document, headers and request id.
-
-    `Connection: close` among the headers also makes aiohttp close the connection.
-    """
-    response = web.Response(
-        status=error.status,
-        body=error.body(),
-        headers={"X-Request-Id": request_id(request), **error.headers},
-        content_type="application/json",
-    )
-    if error.headers.get("Connection") == "close":
-        response.force_close()
-    return response
+def error_answer(error: ApiError, request: web.BaseRequest) -> JsonAnswer:
+    """The answer that carries the error's document, headers and request id."""
+    return JsonAnswer(error.body(), error.status, {"X-Request-Id": request_id(request), **error.headers})
 
 
 def from_http_exception(exception: web.HTTPException) -> ApiError:
@@ -98,6 +83,17 @@ def from_http_exception(exception: web.HTTPException) -> ApiError:
     return ApiError(status, code, f"{title(status, code)}.")
 
 
+def _request_ids() -> Iterator[str]:
+    """Make ids of 96 random bits each, which come from the system for many of them at once."""
+    while True:
+        digits = secrets.token_hex(12 * 256)
+        for start in range(0, len(digits), 24):
+            yield f"req_{digits[start : start + 24]}"
+
+
+_ids = _request_ids()
+
+
 def new_request_id() -> str:
     """Make a request id."""
-    return f"req_{secrets.token_hex(12)}"
+    return next(_ids)

@@ -63,6 +63,17 @@ class EventDocument(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     metadata: msgspec.Raw | None = None
 
 
+class Envelope(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+    """A run with its thread and, where they belong to the answer, its events; `has_more` in a page of the log."""
+
+    serverId: str
+    agentRuntimeId: str | None = None
+    run: RunDocument
+    thread: ThreadDocument
+    events: list[EventDocument] | None = None
+    has_more: bool | None = None
+
+
 class RunList(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """A page of runs, newest first; `data` and `runs` are the same, for clients read either."""
 

@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import lru_cache
 from typing import Literal
 
 from aiohttp import web
@@ -37,6 +38,8 @@ _TICK_SECONDS = 1.0
 _LINE_BREAKS = tuple((chr(code).encode(), b"\\u%04x" % code) for code in (0x85, 0x2028, 0x2029))
 
 
+# Few clients send more than one.
+@lru_cache(maxsize=64)
 def stream_form(accept: str | None) -> StreamForm | None:
     """Return the streamed form that an Accept header prefers, None for the collected JSON.
 

@@ -14,10 +14,11 @@ import uvloop
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
+from gateway.answers import JsonAnswer
 from gateway.errors import ApiError
-from gateway.http_server import GatewayRunner, HttpLimits
+from gateway.http_server import ROUTE_FINDER, GatewayRunner, HttpLimits
 from gateway.request_body import make_expect_handler, read_body
-from gateway.requests import error_response, from_http_exception, request_id
+from gateway.requests import error_answer, from_http_exception, request_id
 
 BODY_LIMIT_BYTES = 256 * 1024
 PATIENCE_SECONDS = 10.0
@@ -166,10 +167,29 @@ async def serving(limits: HttpLimits | None = None, *, body_timeout_seconds: flo
     async def conflict(request: web.Request) -> web.StreamResponse:
         raise ApiError(409, "ABORTED", "Try again.", headers={"X-More": "yes"})
 
+    async def whole(request: web.Request) -> Any:
+        return JsonAnswer(b'{"whole":1}', 201, {"X-More": "yes"})
+
+    async def whole_by_aiohttp(request: web.Request) -> web.StreamResponse:
+        return JsonAnswer(b'{"whole":1}', 201, {"X-More": "yes"}).to_response()
+
+    async def huge(request: web.Request) -> Any:
+        seen.started.set()
+        return JsonAnswer(b" " * (32 << 20))
+
     async def own_words(request: web.Request) -> web.StreamResponse:
         raise web.HTTPBadRequest(text='{"own":1}', content_type="application/json")
 
+    def find(request: web.Request) -> Any:
+        if request.path != "/found":
+            return None
+        return web.UrlMappingMatchInfo({"found": "yes"}, next(iter(app.router.routes()))), found
+
+    async def found(request: web.Request) -> web.StreamResponse:
+        return web.Response(text=request.match_info["found"])
+
     app = web.Application()
+    app[ROUTE_FINDER] = find
     expect_handler = make_expect_handler(BODY_LIMIT_BYTES)
     app.router.add_post("/body", body, expect_handler=expect_handler)
     app.router.add_post("/held", held)
@@ -183,6 +203,9 @@ async def serving(limits: HttpLimits | None = None, *, body_timeout_seconds: flo
         "/broken-stream": broken_stream,
         "/conflict": conflict,
         "/own-words": own_words,
+        "/whole": whole,
+        "/whole-by-aiohttp": whole_by_aiohttp,
+        "/huge": huge,
     }.items():
         app.router.add_get(path, handler)
     runner = GatewayRunner(app, limits or HttpLimits(lingering_seconds=0.5), shutdown_timeout_seconds=PATIENCE_SECONDS)
@@ -735,6 +758,98 @@ def test_request_id_is_the_callers_where_it_is_fit(sent: str, kept: bool) -> Non
     run(scenario)
 
 
+# -- Answers and routes of our own ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "GET {} HTTP/1.1\r\nHost: x\r\n",
+        "GET {} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n",
+        "GET {} HTTP/1.0\r\n",
+        "GET {} HTTP/1.0\r\nConnection: keep-alive\r\n",
+        "HEAD {} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n",
+        "GET {} HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n",
+    ],
+)
+def test_json_answer_reads_as_if_aiohttp_had_written_it(head: str) -> None:
+    """The same status line, headers and body, whatever the request says of its connection."""
+
+    async def scenario() -> None:
+        async with serving() as server:
+            answers = []
+            for path in ("/whole", "/whole-by-aiohttp"):
+                client = await server.connect()
+                client.send((head.format(path) + "\r\n").encode())
+                if "close" in head or head[-5:] == "1.0\r\n":
+                    answer = await client.rest()
+                else:
+                    whole = await client.answer()
+                    answer = b"".join(
+                        [
+                            b"%d" % whole.status,
+                            *(f"{n}: {v}\r\n".encode() for n, v in whole.headers.items()),
+                            whole.body,
+                        ]
+                    )
+                answers.append(
+                    sorted(re.sub(rb"date: .*?\r\n", b"", answer, flags=re.IGNORECASE).lower().split(b"\r\n"))
+                )
+            assert answers[0] == answers[1]
+            assert any(b"x-more: yes" in line for line in answers[0])
+
+    run(scenario)
+
+
+def test_answers_follow_each_other_on_one_connection() -> None:
+    """In the order of the requests, also when these came at once."""
+
+    async def scenario() -> None:
+        async with serving() as server:
+            client = await server.connect()
+            whole = b"GET /whole HTTP/1.1\r\nHost: x\r\n\r\n"
+            client.send(whole + GET_OK + whole)
+            assert [(await client.answer()).status for _ in range(3)] == [201, 200, 201]
+
+    run(scenario)
+
+
+def test_header_that_breaks_lines_is_never_written() -> None:
+    """As in aiohttp's own responses."""
+    with pytest.raises(ValueError, match="X-More"):
+        JsonAnswer(b"{}", 200, {"X-More": "a\r\nb"}).to_bytes()
+
+
+def test_client_that_does_not_read_its_answer_is_cut() -> None:
+    """Its connection ends after the time for writing, and is no longer counted."""
+
+    async def scenario() -> None:
+        async with serving(HttpLimits(write_seconds=0.2)) as server:
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1024)
+            writer.write(b"GET /huge HTTP/1.1\r\nHost: x\r\n\r\n")
+            await server.seen.started.wait()
+            assert server.runner.open_connections == 1
+            await until(lambda: server.runner.open_connections == 0)
+            with pytest.raises((ConnectionResetError, asyncio.IncompleteReadError)):
+                await reader.readexactly(32 << 20)
+            writer.close()
+
+    run(scenario)
+
+
+def test_route_that_the_application_finds_needs_no_router() -> None:
+    """Its match is the request's; what is not found is the router's."""
+
+    async def scenario() -> None:
+        async with serving() as server:
+            assert (await server.ask(b"GET /found HTTP/1.1\r\nHost: x\r\n\r\n")).body == b"yes"
+            expecting = b"GET /found HTTP/1.1\r\nHost: x\r\nExpect: more\r\n\r\n"
+            assert (await server.ask(expecting)).status == 417
+            assert (await server.ask(GET_OK)).body == b"ok"
+
+    run(scenario)
+
+
 # -- Bodies --------------------------------------------------------------------------------------------
 
 
@@ -828,7 +943,7 @@ def test_endless_chunked_body_is_cut_off() -> None:
 
 
 def test_middleware_can_answer_as_the_server_does() -> None:
-    """`error_response` serves both, so that a document never depends on where it was made."""
+    """`error_answer` serves both, so that a document never depends on where it was made."""
 
     async def scenario() -> None:
         @web.middleware
@@ -838,7 +953,7 @@ def test_middleware_can_answer_as_the_server_does() -> None:
             try:
                 return await handler(request)
             except ApiError as error:
-                return error_response(error, request)
+                return error_answer(error, request).to_response()
 
         async def refuse(request: web.Request) -> web.StreamResponse:
             await read_body(request, 1, 1.0)
