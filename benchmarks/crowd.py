@@ -97,6 +97,8 @@ def _main() -> None:
             for file, _ in epoll.poll():
                 data = os.read(file, _READ_AT_ONCE)
                 if file == commands:
+                    if not data:
+                        return
                     command = data
                 elif not data:
                     raise RuntimeError("a stream was cut")

@@ -5,7 +5,6 @@ What counts is the time from a small run's request to the frame of its first eve
 
 import multiprocessing
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Final
@@ -37,22 +36,22 @@ def measure_fairness(directory: Path, effort: Effort) -> Section:
         reader.submit(follow, server, small, EVENTS + 1).result()
         for _ in range(effort.big_runs):
             until = time.monotonic() + _ALONE_SECONDS
-            without += _first_events(server, small, lambda until=until: time.monotonic() < until)  # type: ignore[misc]
+            while time.monotonic() < until:
+                without.append(_first_event(server, small))
             reading = reader.submit(follow, server, big, events + 1)
             time.sleep(_UNDER_WAY_SECONDS)
-            beside += _first_events(server, small, lambda reading=reading: not reading.done())  # type: ignore[misc]
+            while not reading.done():  # the last one may outlive it
+                beside.append(_first_event(server, small))
             reading.result()
             time.sleep(SETTLE_SECONDS / 4)
     return _section(spread(without), spread(beside), events)
 
 
-def _first_events(server: Server, request: str, goes_on: Callable[[], bool]) -> list[float]:
-    """Milliseconds to the first event of each run that began while `goes_on`; the last one may outlive that."""
-    milliseconds = []
-    while goes_on():
-        follower = Follower(server, request)
-        milliseconds.append(1000 * follower.read_to_event())
-        follower.read_to_end()
+def _first_event(server: Server, request: str) -> float:
+    """Milliseconds to the first event of a run, which is then read to its end."""
+    follower = Follower(server, request)
+    milliseconds = 1000 * follower.read_to_event()
+    follower.read_to_end()
     return milliseconds
 
 

@@ -101,9 +101,9 @@ def run_load(
 
 
 class Connection:
-    """One connection; of the answer that came last, `status`, and `head` unless it was a success."""
+    """One connection; `status` is of the answer that came last, `refusal` the begin of the last that was no success."""
 
-    __slots__ = ("_head", "_left", "_receive", "_send", "_socket", "_tail", "began", "head", "status")
+    __slots__ = ("_head", "_left", "_receive", "_send", "_socket", "_tail", "began", "refusal", "status")
 
     def __init__(self, host: str, port: int) -> None:
         self._socket = socket.create_connection((host, port))
@@ -116,7 +116,7 @@ class Connection:
         self._tail = b""
         self.began = 0.0
         self.status = b""
-        self.head = b""
+        self.refusal = b""
 
     def fileno(self) -> int:
         """For epoll."""
@@ -143,7 +143,7 @@ class Connection:
             self._head = b""
             self.status = data[9:12]
             if self.status[:1] != b"2":
-                self.head = data[: end + 2]
+                self.refusal = data[:1000]
             if length := _LENGTH.search(data, 0, end + 2):
                 left = int(length[1]) + end + 4
             elif _CHUNKED.search(data, 0, end + 2):
@@ -194,7 +194,7 @@ def _send_all(connections: Connections, request: bytes, status: bytes, requests:
         for connection in connections.answered():
             milliseconds.append(1000 * (clock() - connection.began))
             if connection.status != status:
-                raise LoadError(f"unexpected answer: {connection.status!r} {connection.head!r}")
+                raise LoadError(f"unexpected answer: {connection.status!r} {connection.refusal!r}")
             to_come -= 1
             if to_send:
                 to_send -= 1

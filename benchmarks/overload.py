@@ -164,7 +164,7 @@ class _Clients:
         for connection in self._connections.answered(max(0.0, left if seconds is None else min(seconds, left))):
             now = time.perf_counter()
             if connection.status not in (b"201", b"503"):
-                raise LoadError(f"unexpected answer: {connection.status!r} {connection.head!r}")
+                raise LoadError(f"unexpected answer: {connection.status!r} {connection.refusal!r}")
             if now >= self._begin:
                 milliseconds = self._answered if connection.status == b"201" else self._refused
                 milliseconds.append(1000 * (now - connection.began))
@@ -172,8 +172,8 @@ class _Clients:
 
 
 def _retry_after(connection: Connection) -> int:
-    if not (found := _RETRY_AFTER.search(connection.head)):
-        raise LoadError(f"a 503 without Retry-After: {connection.head!r}")
+    if not (found := _RETRY_AFTER.search(connection.refusal)):
+        raise LoadError(f"a 503 without Retry-After: {connection.refusal!r}")
     return int(found[1])
 
 

@@ -15,13 +15,14 @@ from benchmarks.product import echo, product, runs_path
 from benchmarks.report import Section, Target, table
 
 _Figure = Callable[[Load], float]
+_SERVICE: Final = "– of the service"
 _FIGURES: Final[tuple[tuple[str, _Figure, str], ...]] = (
     ("runs/s", lambda load: load.per_second, ",.0f"),
     ("p50 ms", lambda load: load.latency.p50, ".2f"),
     ("p99 ms", lambda load: load.latency.p99, ".2f"),
     ("CPU-s / 1,000 runs", lambda load: load.cpu_per_thousand, ".3f"),
     ("– of the gateway", lambda load: 1000 * load.cpu_seconds[0] / load.requests, ".3f"),
-    ("– of the service", lambda load: 1000 * sum(load.cpu_seconds[1:]) / load.requests, ".3f"),
+    (_SERVICE, lambda load: 1000 * sum(load.cpu_seconds[1:]) / load.requests, ".3f"),
     ("– of the load, besides", lambda load: 1000 * load.own_cpu_seconds / load.requests, ".3f"),
 )
 
@@ -73,6 +74,8 @@ def _rows(rounds: _Rounds) -> list[list[str]]:
         ]
         if name.startswith("–"):  # parts of the figure above
             ratios = ["", ""]
+            if name == _SERVICE:  # the hand-made app has none
+                cells[1] = ""
         else:
             ratios = [f"{rounds.ratio(figure, each):.2f}×" for each in (rounds.floor, rounds.hand_made)]
         rows.append([str(rounds.connections), name, *cells, *ratios])
