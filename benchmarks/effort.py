@@ -33,7 +33,7 @@ class Effort:
 
 
 THOROUGH: Final = Effort(
-    rounds=9,
+    rounds=7,
     requests={1: 1500, 16: 3000, 64: 3000},
     follower_events=(10_000, 100_000),
     follows=9,
@@ -43,8 +43,8 @@ THOROUGH: Final = Effort(
     slow_followers=200,
     slow_seconds=10,
     slow_rounds=2,
-    big_runs=9,
-    overload_seconds=8,
+    big_runs=7,
+    overload_seconds=6,
     overload_rounds=3,
     first_bytes=1000,
     starts=5,
