@@ -4,14 +4,13 @@ The run is made over HTTP, so the schema and its rows are the product's own. The
 nothing runs, column by column as the schema has them; only keys and run ids are new.
 """
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Final
 
 import apsw
 
-from benchmarks.environment import EVENTS, TEXT
+from benchmarks.environment import BODY, EVENTS
 from benchmarks.load import run_load
 from benchmarks.product import echo, product, runs_path
 
@@ -22,7 +21,7 @@ _TABLES: Final = ("runs", "turns", "events")
 def fill_store(data_dir: Path, runs: int) -> None:
     """Make `data_dir` the data directory of a product that has completed `runs` runs of ten messages."""
     with tempfile.TemporaryDirectory() as scratch, product(Path(scratch), data_dir=data_dir) as server:
-        run_load(server, runs_path(echo(EVENTS)), json.dumps({"content": TEXT}), connections=1, requests=1)
+        run_load(server, runs_path(echo(EVENTS)), BODY, connections=1, requests=1)
     database = apsw.Connection(str(_database(data_dir)))
     try:
         _copy_run(database, runs - 1)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 import grpc
 from aiohttp import web
@@ -22,6 +23,8 @@ from aiohttp import web
 from benchmarks.environment import EVENTS, TEXT, run_loop
 from benchmarks.processes import Server, read_when_written, running
 from protos.acp.runs.v1 import run_pb2, run_service_pb2, run_service_pb2_grpc
+
+FLOOR_PATH: Final = "/runs"
 
 
 class _Service(run_service_pb2_grpc.RunServiceServicer):
@@ -60,7 +63,7 @@ async def serve_http(ready: Path, grpc_target: str) -> None:
             return web.Response(status=201, body=body.encode(), content_type="application/json")
 
         app = web.Application()
-        app.router.add_post("/runs", start)
+        app.router.add_post(FLOOR_PATH, start)
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()

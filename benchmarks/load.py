@@ -1,32 +1,33 @@
 """The load: a closed loop of HTTP/1.1 keep-alive connections in a process of its own.
 
 Each connection has one request in flight and sends the next one as soon as the answer is whole. The answer's
-status is checked and its length followed; nothing is parsed beyond that, so that the load takes little of the
-machine that it measures. The CPU time of the servers is read by the load itself, right before the first
-request and right after the last answer, with the warm-up outside.
+status is checked and its length followed; nothing is parsed beyond that, and no event loop is used, so that the
+load takes little of the machine that it measures. The CPU time of the servers is read by the load itself, right
+before the first request and right after the last answer, with the warm-up outside.
 
     python -m benchmarks.load < job.json > result.json
 """
 
-import asyncio
 import json
-import os
 import re
-import statistics
+import select
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Final, cast
+from typing import Final
 
-from benchmarks.environment import run_loop
+from benchmarks.figures import Spread, spread
 from benchmarks.processes import Server, cpu_seconds
 
 _HEAD_END: Final = b"\r\n\r\n"
 _LENGTH: Final = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _CHUNKED: Final = re.compile(rb"\r\ntransfer-encoding: *chunked", re.IGNORECASE)
 _LAST_CHUNK: Final = b"\r\n0\r\n\r\n"
+_RECEIVED_AT_ONCE: Final = 1 << 16
+_CONNECTED_AT_ONCE: Final = 64  # a listen queue holds 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +46,13 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What one job measured; `cpu_seconds` by process, in the order of the job's `pids`."""
+    """What one job measured; `cpu_seconds` by process, in the order of the job's `pids`, and of the load itself."""
 
     requests: int
     seconds: float
-    p50_ms: float
-    p99_ms: float
+    latency: Spread
     cpu_seconds: Sequence[float]
+    own_cpu_seconds: float
 
     @property
     def per_second(self) -> float:
@@ -95,124 +96,124 @@ def run_load(
     )
     if done.returncode:
         raise LoadError(done.stderr.decode(errors="replace").strip()[-2000:])
-    return Load(**json.loads(done.stdout))
+    result = json.loads(done.stdout)
+    return Load(**result | {"latency": Spread(**result["latency"])})
 
 
-class _Connection(asyncio.Protocol):
-    """One connection; the shared `_Loop` says whether there is another request to send."""
+class Connection:
+    """One connection; `status` is of the answer that came last, `refusal` the begin of the last that was no success."""
 
-    def __init__(self, loop: "_Loop") -> None:
-        self._loop = loop
-        self._transport: asyncio.Transport | None = None
+    __slots__ = ("_head", "_left", "_receive", "_send", "_socket", "_tail", "began", "refusal", "status")
+
+    def __init__(self, host: str, port: int) -> None:
+        self._socket = socket.create_connection((host, port))
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket.setblocking(False)
+        self._receive = self._socket.recv
+        self._send = self._socket.send
         self._head = b""
         self._left = 0  # bytes of the body that are still to come; -1: chunked
         self._tail = b""
-        self._began = 0.0
+        self.began = 0.0
+        self.status = b""
+        self.refusal = b""
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
+    def fileno(self) -> int:
+        """For epoll."""
+        return self._socket.fileno()
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._loop.fail(f"a connection was lost: {exc or 'closed by the server'}")
+    def send(self, request: bytes) -> None:
+        """Send a request; it is small, and the answer before it has been read."""
+        self.began = time.perf_counter()
+        self._send(request)
 
-    def close(self) -> None:
-        if self._transport:
-            self._transport.abort()
-
-    def send(self) -> None:
-        assert self._transport
-        self._began = time.perf_counter()
-        self._transport.write(self._loop.request)
-
-    def data_received(self, data: bytes) -> None:
-        if self._left == 0:
+    def receive(self) -> bool:
+        """Read what is there; return whether the answer is whole."""
+        data = self._receive(_RECEIVED_AT_ONCE)
+        if not data:
+            raise LoadError("a connection was closed by the server")
+        left = self._left
+        if left == 0:
             if self._head:
                 data = self._head + data
             end = data.find(_HEAD_END)
             if end < 0:
                 self._head = data
-                return
+                return False
             self._head = b""
-            if data[9:12] != self._loop.status:
-                self._loop.fail(f"unexpected answer: {data[:1000]!r}")
-                return
-            if length := _LENGTH.search(data, 0, end):
-                self._left = int(length[1])
-            elif _CHUNKED.search(data, 0, end):
-                self._left, self._tail = -1, b""
+            self.status = data[9:12]
+            if self.status[:1] != b"2":
+                self.refusal = data[:1000]
+            if length := _LENGTH.search(data, 0, end + 2):
+                left = int(length[1]) + end + 4
+            elif _CHUNKED.search(data, 0, end + 2):
+                left, self._tail, data = -1, b"", data[end + 2 :]
             else:
-                self._loop.fail(f"an answer without a length: {data[:end]!r}")
-                return
-            data = data[end + 4 :] if self._left >= 0 else data[end + 2 :]
-        if self._left < 0:
-            self._tail = (self._tail + data)[-7:] if len(data) < 7 else data[-7:]
-            if self._tail != _LAST_CHUNK:
-                return
+                raise LoadError(f"an answer without a length: {data[:end]!r}")
+        if left < 0:
+            self._tail = (self._tail + data[-7:])[-7:]
+            self._left = 0 if self._tail == _LAST_CHUNK else -1
         else:
-            self._left -= len(data)
-            if self._left > 0:
-                return
-        self._left = 0
-        self._loop.answered(self, time.perf_counter() - self._began)
+            self._left = left - len(data)
+        return self._left == 0
 
 
-class _Loop:
-    """Hands out requests to the connections until there are none left, and collects the latencies."""
+class Connections:
+    """Open connections, and which of them have something to read."""
 
-    def __init__(self, request: bytes, status: int) -> None:
-        self.request = request
-        self.status = str(status).encode()
-        self._to_send = self._to_come = 0
-        self._seconds: list[float] = []
-        self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    def __init__(self, host: str, port: int, number: int) -> None:
+        self.all: list[Connection] = []
+        self._epoll = select.epoll()
+        self._by_file: dict[int, Connection] = {}
+        for _ in range(number):
+            if len(self.all) % _CONNECTED_AT_ONCE == _CONNECTED_AT_ONCE - 1:
+                time.sleep(0.02)
+            connection = Connection(host, port)
+            self.all.append(connection)
+            self._by_file[connection.fileno()] = connection
+            self._epoll.register(connection.fileno(), select.EPOLLIN)
 
-    async def run(self, connections: Sequence[_Connection], requests: int) -> list[float]:
-        """Latency in seconds of each of `requests` answers; LoadError if one of them was wrong."""
-        self._done = asyncio.get_running_loop().create_future()
-        self._seconds = []
-        self._to_come = requests
-        first = connections[:requests]
-        self._to_send = requests - len(first)
-        for connection in first:
-            connection.send()
-        await self._done
-        return self._seconds
-
-    def answered(self, connection: _Connection, seconds: float) -> None:
-        self._seconds.append(seconds)
-        self._to_come -= 1
-        if self._to_send:
-            self._to_send -= 1
-            connection.send()
-        elif not self._to_come and not self._done.done():
-            self._done.set_result(None)
-
-    def fail(self, message: str) -> None:
-        if not self._done.done():
-            self._done.set_exception(LoadError(message))
+    def answered(self, seconds: float | None = None) -> Iterator[Connection]:
+        """Wait for bytes, `seconds` at most; each connection whose answer is whole now, as soon as it has been read."""
+        by_file = self._by_file
+        for file, _ in self._epoll.poll(seconds):
+            connection = by_file[file]
+            if connection.receive():
+                yield connection
 
 
-async def _main() -> None:
+def _send_all(connections: Connections, request: bytes, status: bytes, requests: int) -> list[float]:
+    """Latency in milliseconds of each of `requests` answers; LoadError if one of them was wrong."""
+    clock = time.perf_counter
+    milliseconds: list[float] = []
+    first = connections.all[:requests]
+    to_send, to_come = requests - len(first), requests
+    for connection in first:
+        connection.send(request)
+    while to_come:
+        for connection in connections.answered():
+            milliseconds.append(1000 * (clock() - connection.began))
+            if connection.status != status:
+                raise LoadError(f"unexpected answer: {connection.status!r} {connection.refusal!r}")
+            to_come -= 1
+            if to_send:
+                to_send -= 1
+                connection.send(request)
+    return milliseconds
+
+
+def _main() -> None:
     job = Job(**json.load(sys.stdin))
-    loop = _Loop(job.request.encode(), job.status)
-    connections: list[_Connection] = []
-    for _ in range(job.connections):
-        _, connection = await asyncio.get_running_loop().create_connection(
-            lambda: _Connection(loop), job.host, job.port
-        )
-        connections.append(connection)
+    request, status = job.request.encode(), str(job.status).encode()
+    connections = Connections(job.host, job.port, job.connections)
     if job.warm_up:
-        await loop.run(connections, job.warm_up)
-    cpu, began = [cpu_seconds([pid]) for pid in job.pids], time.perf_counter()
-    latencies = await loop.run(connections, job.requests)
-    seconds = time.perf_counter() - began
+        _send_all(connections, request, status, job.warm_up)
+    cpu, own, began = [cpu_seconds([pid]) for pid in job.pids], time.process_time(), time.perf_counter()
+    milliseconds = _send_all(connections, request, status, job.requests)
+    seconds, own = time.perf_counter() - began, time.process_time() - own
     used = [cpu_seconds([pid]) - before for pid, before in zip(job.pids, cpu, strict=True)]
-    percentiles = statistics.quantiles(latencies * 2, n=100, method="inclusive")  # wants two at least
-    result = Load(job.requests, seconds, 1000 * percentiles[49], 1000 * percentiles[98], used)
-    json.dump(asdict(result), sys.stdout)
-    sys.stdout.flush()
-    os._exit(0)  # open connections would only be reported as lost
+    json.dump(asdict(Load(job.requests, seconds, spread(milliseconds), used, own)), sys.stdout)
 
 
 if __name__ == "__main__":
-    run_loop(_main())
+    _main()

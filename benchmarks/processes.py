@@ -2,15 +2,17 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from types import MappingProxyType
+from typing import Any, Final, Literal
 
 from benchmarks.environment import process_environment
 
@@ -31,14 +33,23 @@ def cpu_seconds(pids: Iterable[int]) -> float:
     return ticks / _TICKS_PER_SECOND
 
 
-def memory_kib(pids: Iterable[int]) -> int:
-    """Proportional set size of these processes, together: pages that several share are counted once."""
+def memory_kib(pids: Iterable[int], figure: Literal["Pss", "Rss"] = "Pss") -> int:
+    """Proportional set size of these processes, together: pages that several share are counted once.
+
+    With "Rss" the resident set size, which counts such pages in each process.
+    """
     return sum(
         int(line.split()[1])
         for pid in pids
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        if line.startswith("Pss:")
+        if line.startswith(f"{figure}:")
     )
+
+
+def open_many_files() -> None:
+    """Let this process, and those that it starts, have as many sockets as the system allows."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +69,16 @@ class Server:
 
 
 @contextmanager
-def running(arguments: Sequence[str], *, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def running(
+    arguments: Sequence[str], *, log: Path, environment: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[subprocess.Popen[bytes]]:
     """`python ARGUMENTS` with its output in `log`; ended by SIGTERM, then SIGKILL, when the block is left."""
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, *arguments], stdout=output, stderr=subprocess.STDOUT, env=process_environment()
+            [sys.executable, *arguments],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=process_environment() | dict(environment),
         )
     try:
         yield process

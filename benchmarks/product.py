@@ -5,9 +5,10 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -17,6 +18,8 @@ from benchmarks.processes import Server, read_when_written, running
 
 ECHO: Final = "echo"
 IDLE: Final = "idle"
+FLOOD: Final = "flood"
+TICKER: Final = "ticker"
 LONG_LOGS: Final = (1_000, 10_000, 100_000)
 
 
@@ -31,22 +34,47 @@ def runs_path(server_id: str) -> str:
 
 
 @contextmanager
-def product(directory: Path, *, name: str = "product", data_dir: Path | None = None) -> Iterator[Server]:
+def product(
+    directory: Path,
+    *,
+    name: str = "product",
+    data_dir: Path | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[Server]:
     """Gateway and runtime service, ready; logs, and the store unless `data_dir` is given, in `directory`."""
+    with starting_product(directory, name=name, data_dir=data_dir, environment=environment) as ready:
+        yield ready()
+
+
+@contextmanager
+def starting_product(
+    directory: Path,
+    *,
+    name: str = "product",
+    data_dir: Path | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
+    port: int = 0,
+) -> Iterator[Callable[[], Server]]:
+    """Like `product`, but the block begins with the start of the process; what it gets waits until it is ready."""
     servers, ready, log = (directory / f"{name}.{suffix}" for suffix in ("toml", "json", "log"))
     servers.write_text(_servers_toml())
     ready.unlink(missing_ok=True)
-    arguments = ["-m", "gateway", "up", "--host", "127.0.0.1", "--port", "0"]
+    arguments = ["-m", "gateway", "up", "--host", "127.0.0.1", "--port", str(port), "--drain-seconds", "0"]
     arguments += ["--data-dir", str(data_dir or directory / name), "--servers", str(servers)]
     pids: tuple[int, ...] = ()
     try:
-        with running([*arguments, "--ready-file", str(ready)], log=log) as process:
-            facts = read_when_written(ready, process, log)
-            pids = (facts["gateway_pid"], facts["runtime_pid"])
-            url = urlsplit(facts["url"])
-            assert url.hostname
-            assert url.port
-            yield Server(url.hostname, url.port, pids, facts["api_key"], facts["grpc_target"])
+        with running([*arguments, "--ready-file", str(ready)], log=log, environment=environment) as process:
+
+            def when_ready() -> Server:
+                nonlocal pids
+                facts = read_when_written(ready, process, log)
+                pids = (facts["gateway_pid"], facts["runtime_pid"])
+                url = urlsplit(facts["url"])
+                assert url.hostname
+                assert url.port
+                return Server(url.hostname, url.port, pids, facts["api_key"], facts["grpc_target"])
+
+            yield when_ready
     finally:
         for pid in pids:  # gone by now, unless `up` itself had to be killed
             with suppress(ProcessLookupError):
@@ -69,6 +97,11 @@ def start_run(server: Server, server_id: str, text: str) -> str:
     """Start a run in mode async; its id."""
     answer = _call(server, "POST", runs_path(server_id), {"content": text, "mode": "async"})
     return str(answer["run"]["id"])
+
+
+def ticking_runs(server: Server, phases: Iterable[float]) -> list[str]:
+    """Start a run that ticks at each fraction of the second; the requests to follow them."""
+    return [events_request(server, TICKER, start_run(server, TICKER, str(phase))) for phase in phases]
 
 
 def finished_run(server: Server, server_id: str, text: str, seconds: float = 300.0) -> str:
@@ -102,7 +135,10 @@ def _call(server: Server, method: str, path: str, body: object = None) -> Any:
 def _servers_toml() -> str:
     options = {echo(messages): f"messages = {messages}" for messages in (EVENTS, *LONG_LOGS)}
     options[IDLE] = "word_delay_seconds = 60"
+    options[FLOOD] = f"messages = {LONG_LOGS[-1]}, word_delay_seconds = 0.001"
+    agents = {name: ("echo", option) for name, option in options.items()}
+    agents[TICKER] = ("python", 'entrypoint = "benchmarks.ticker:ticker"')
     return "\n".join(
-        f'[servers.{name}]\nkind = "agent_runtime"\nagent = "echo"\noptions = {{ {option} }}\n'
-        for name, option in options.items()
+        f'[servers.{name}]\nkind = "agent_runtime"\nagent = "{agent}"\noptions = {{ {option} }}\n'
+        for name, (agent, option) in agents.items()
     )

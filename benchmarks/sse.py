@@ -41,6 +41,16 @@ class Follower:
             raise RuntimeError(f"unexpected answer: {data[:1000]!r}")
         self._body = body
 
+    def fileno(self) -> int:
+        """For epoll."""
+        return self._socket.fileno()
+
+    def read_to_event(self) -> float:
+        """Read until the first event's frame has begun; seconds from the request."""
+        while _EVENT not in self._body:
+            self._body += self._receive()
+        return time.perf_counter() - self._began
+
     def read_to_end(self) -> Followed:
         """Read until the stream says that it is complete, then close it."""
         events = deltas = 0
