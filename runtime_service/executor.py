@@ -87,11 +87,14 @@ class Executor:
     # Requests
 
     async def start_run(self, new: NewRun, server: Server) -> Change:
-        """Accept a run and see to its execution. Raises AgentUnavailable, CapacityExceeded, Draining.
+        """Accept a run and see to its execution. Raises AgentUnavailable, CapacityExceeded, Draining, RequestIdReused.
 
         Once accepted it is executed, whatever becomes of the caller's task.
         """
-        claim = self._admit(server)
+        try:
+            claim = self._admit(server)
+        except RunServiceError as refusal:
+            return await self._requested(new, refusal)
         execution = None
         if claim and server.agent.begins_early:
             # What it writes comes behind the acceptance, often in the same commit.
@@ -100,8 +103,17 @@ class Executor:
 
     async def continue_run(self, new: NewTurn, server: Server) -> Change:
         """Accept the next input of a run. As `start_run`, and raises RunNotFound."""
-        claim = self._admit(server)
+        try:
+            claim = self._admit(server)
+        except RunServiceError as refusal:
+            return await self._requested(new, refusal)
         return await self._accepted(self._store.continue_run(new, claim=claim), claim)
+
+    async def _requested(self, new: NewRun | NewTurn, refusal: RunServiceError) -> Change:
+        """Answer a request that was accepted before; raise `refusal` where it was not."""
+        if new.request_id is not None and (known := await self._store.get_requested(new)) is not None:
+            return known
+        raise refusal
 
     async def cancel_run(self, organization: str, server_id: str, run_id: str) -> Change:
         """Cancel every open turn of a run; returns once that is written down. Raises RunNotFound."""
@@ -161,12 +173,12 @@ class Executor:
         told: asyncio.Future[Change],
         accepted: asyncio.Future[Change],
     ) -> None:
-        """A turn was stored, or not; `claim` says that room was reserved, `execution` is its early one."""
+        """A turn was stored now, before, or not; `claim` says that room was reserved, `execution` is its early one."""
         self._admitting.discard(accepted)
         if not claim:
             self._queueing -= 1
         _pass_on(accepted, told)
-        if accepted.cancelled() or accepted.exception() is not None:
+        if accepted.cancelled() or accepted.exception() is not None or accepted.result().replayed:
             if execution is not None:
                 execution.take_rest()
                 self._end_agent(execution)

@@ -17,7 +17,7 @@ from runtime_service.executor import Executor
 from runtime_service.registry import Registry, Server
 from runtime_service.runs import TERMINAL, Run, RunMode, RunStatus, new_run_id, now_ms
 from runtime_service.store.base import Change, NewRun, NewTurn, RunStore
-from runtime_service.validation import RequestLimits, checked_input, checked_metadata, checked_title
+from runtime_service.validation import RequestLimits, checked_input, checked_metadata, checked_request_id, checked_title
 
 _MAX_PAGE = 200
 _DEFAULT_PAGE = 50
@@ -64,6 +64,7 @@ class Operations:
             created_at_ms=now_ms(),
             title=checked_title(request.title, self._limits),
             metadata=checked_metadata(request.metadata_json, self._limits),
+            request_id=checked_request_id(request.request_id),
         )
         wait_seconds = _wait_seconds(request.stream.wait_ms, "stream.wait_ms")
         with self._event_log.held(new.id):
@@ -83,6 +84,7 @@ class Operations:
             mode=run_mode(request.mode),
             created_at_ms=now_ms(),
             metadata=checked_metadata(request.metadata_json, self._limits),
+            request_id=checked_request_id(request.request_id),
         )
         wait_seconds = _wait_seconds(request.stream.wait_ms, "stream.wait_ms")
         with self._event_log.held(new.run_id):
@@ -165,9 +167,11 @@ class Operations:
         self, change: Change, mode: RunMode, stream: rpc.StreamOptions, wait_seconds: float | None
     ) -> AsyncGenerator[Update]:
         """Follow the turn that was accepted, from its user event on; in mode async tell of its acceptance only."""
-        if mode is RunMode.ASYNC:
-            return _accepted(change)
         run = change.run
+        if change.replayed and mode is RunMode.ASYNC:
+            wait_seconds = 0.0  # what there is by now
+        elif mode is RunMode.ASYNC:
+            return _accepted(change)
         if stream.collect:
             return self._event_log.collect(run, wait_seconds)
         options = FollowOptions(run.turn.number, stream.deltas, wait_seconds)

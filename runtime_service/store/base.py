@@ -23,7 +23,10 @@ from runtime_service.runs import (
 
 
 class NewRun(msgspec.Struct, frozen=True):
-    """A run to be accepted, with the input of its first turn."""
+    """A run to be accepted, with the input of its first turn.
+
+    With a `request_id` that the organization has used before nothing is accepted: the earlier request is answered.
+    """
 
     id: str
     organization: str
@@ -33,10 +36,11 @@ class NewRun(msgspec.Struct, frozen=True):
     created_at_ms: int
     title: str | None = None
     metadata: bytes | None = None
+    request_id: str | None = None
 
 
 class NewTurn(msgspec.Struct, frozen=True):
-    """Input to a run that exists. Without metadata the turn takes the run's."""
+    """Input to a run that exists. Without metadata the turn takes the run's. `request_id` as in NewRun."""
 
     organization: str
     server_id: str
@@ -45,6 +49,7 @@ class NewTurn(msgspec.Struct, frozen=True):
     mode: RunMode
     created_at_ms: int
     metadata: bytes | None = None
+    request_id: str | None = None
 
 
 class TurnKey(NamedTuple):
@@ -65,10 +70,14 @@ class Outcome(msgspec.Struct, frozen=True):
 
 
 class Change(msgspec.Struct, frozen=True):
-    """What a write did: the run as it is now, showing the turn written to, and the events it added."""
+    """What a write did: the run as it is now, showing the turn written to, and the events it added.
+
+    `replayed`: it did nothing, as the request had been accepted before; the run shows the turn that it opened.
+    """
 
     run: Run
     events: tuple[RunEvent, ...] = ()
+    replayed: bool = False
 
 
 class TurnLost(Exception):
@@ -86,12 +95,15 @@ class RunStore(Protocol):
     """Runs, turns and events; see the module's promises. Any method may raise StoreUnavailable."""
 
     def start_run(self, new: NewRun, *, claim: bool) -> Awaitable[Change]:
-        """Accept a run: its turn 1 and its user event. With `claim` the turn is running at once, epoch 1."""
+        """Accept a run: its turn 1 and its user event. With `claim` the turn is running at once, epoch 1.
+
+        Raises RequestIdReused.
+        """
 
     def continue_run(self, new: NewTurn, *, claim: bool) -> Awaitable[Change]:
         """Open the next turn. With `claim` it is running at once, unless an earlier turn is open.
 
-        Raises RunNotFound.
+        Raises RunNotFound, RequestIdReused.
         """
 
     def append_events(self, key: TurnKey, events: Sequence[EventDraft]) -> Awaitable[Change]:
@@ -127,6 +139,9 @@ class RunStore(Protocol):
 
         `may_repeat` is asked with the server's id. The draft that was left becomes an `incomplete` event.
         """
+
+    async def get_requested(self, new: NewRun | NewTurn) -> Change | None:
+        """Return what an earlier request of the same id gave, None where there is none. Raises RequestIdReused."""
 
     async def queued_turns(self) -> dict[str, int]:
         """Count the turns that wait, by the id of their run."""

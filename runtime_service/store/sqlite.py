@@ -31,7 +31,7 @@ from runtime_service.store.base import Change, NewRun, NewTurn, Outcome, RunPage
 from runtime_service.store.group_commit import GroupCommitWriter
 from runtime_service.store.sqlite_turns import RunningTurns
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _READERS = 2
 _BUSY_MS = 5_000
 
@@ -148,6 +148,10 @@ class SQLiteStore:
 
     # Reads
 
+    async def get_requested(self, new: NewRun | NewTurn) -> Change | None:
+        """Return what an earlier request of the same id gave."""
+        return await self._read(lambda db: rows.requested(db, new))
+
     async def queued_turns(self) -> dict[str, int]:
         """Count the turns that wait, by the id of their run."""
         return await self._read(lambda db: dict(rows.execute(db, "queued_turns", ())))
@@ -232,6 +236,9 @@ def _prepare_schema(connection: apsw.Connection, path: Path) -> None:
     if version == 0:
         with connection:
             connection.execute((rows.SQL / "sqlite_schema.sql").read_text())
+    elif version == 1:
+        with connection:
+            connection.execute((rows.SQL / "sqlite_upgrade_1.sql").read_text())
     elif version != SCHEMA_VERSION:
         raise StoreUnavailable(
             f"{path} has schema version {version}; this program knows version {SCHEMA_VERSION}. "

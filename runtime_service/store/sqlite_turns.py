@@ -24,19 +24,20 @@ from runtime_service.store.base import (
     place_events,
     user_event,
 )
-from runtime_service.store.sqlite_rows import QUERIES, execute, run_from_row
+from runtime_service.store.sqlite_rows import QUERIES, execute, replayed, requested, run_from_row
 
 
 class _TurnRow:
     """A turn and its run as they are after the transaction; `stored` says whether the file has their rows."""
 
-    __slots__ = ("changed", "has_draft", "key", "run", "stored")
+    __slots__ = ("changed", "has_draft", "key", "request_id", "run", "stored")
 
-    def __init__(self, key: int, run: Run, *, stored: bool, has_draft: bool) -> None:
+    def __init__(self, key: int, run: Run, *, stored: bool, has_draft: bool, request_id: str | None = None) -> None:
         self.key = key
         self.run = run
         self.stored = stored
         self.has_draft = has_draft
+        self.request_id = request_id
         self.changed = False
 
 
@@ -50,6 +51,7 @@ class RunningTurns:
         self._db = db
         self._known: dict[str, _TurnRow] = {}  # running turns by their run; settled ones until they are written
         self._new: list[_TurnRow] = []
+        self._requests: dict[tuple[str, str], _TurnRow] = {}  # of new runs, by organization and request id
         self._changed: list[_TurnRow] = []
         self._ready: list[tuple[int, int]] = []
         self._drafts_ended: list[tuple[int, int]] = []
@@ -59,12 +61,16 @@ class RunningTurns:
     # Writes
 
     def start_run(self, new: NewRun, *, claim: bool) -> Change:
-        """Add a run with its first turn and its user event."""
+        """Add a run with its first turn and its user event. Raises RequestIdReused."""
+        if new.request_id is not None and (known := self._answered(new, new.request_id)) is not None:
+            return known
         run = accepted_run(new, claim=claim)
         key: int = (execute(self._db, "last_run_key", ()).get if self._last_key is None else self._last_key) + 1
         self._last_key = key
-        row = _TurnRow(key, run, stored=False, has_draft=False)
+        row = _TurnRow(key, run, stored=False, has_draft=False, request_id=new.request_id)
         self._new.append(row)
+        if new.request_id is not None:
+            self._requests[new.organization, new.request_id] = row
         if claim:
             self._known[run.id] = row
         events = place_events([user_event(new)], 1, 1)
@@ -103,11 +109,12 @@ class RunningTurns:
         """Write what is not written yet."""
         if self._new:
             self._write_each("insert_run", [_run_values(row) for row in self._new])
-            self._write_each("insert_turn", [(row.key, *astuple(row.run.turn)) for row in self._new])
+            self._write_each("insert_turn", [(row.key, *astuple(row.run.turn), row.request_id) for row in self._new])
             for row in self._new:
                 row.stored = True
                 self._forget_settled(row)
             self._new.clear()
+            self._requests.clear()
         if self._changed:
             self._write_changed()
         if self._events:
@@ -120,7 +127,15 @@ class RunningTurns:
 
     def forget_all(self) -> None:
         """Drop what was not written out, and know nothing: the transaction is rolled back."""
-        for rows in (self._known, self._new, self._changed, self._ready, self._drafts_ended, self._events):
+        for rows in (
+            self._known,
+            self._new,
+            self._requests,
+            self._changed,
+            self._ready,
+            self._drafts_ended,
+            self._events,
+        ):
             rows.clear()
         self._last_key = None
 
@@ -128,6 +143,14 @@ class RunningTurns:
         """Learn that the running turn of a run has a draft in the file."""
         if (row := self._known.get(run_id)) is not None:
             row.has_draft = True
+
+    def _answered(self, new: NewRun, request_id: str) -> Change | None:
+        """Return what an earlier request of the same id gave, None where there is none. Raises RequestIdReused."""
+        if (row := self._requests.get((new.organization, request_id))) is not None:
+            return replayed(new, row.run)
+        if self._changed:
+            self.write_out()
+        return requested(self._db, new)
 
     def _row(self, key: TurnKey) -> _TurnRow:
         """Return the running turn that `key` holds. Raises TurnLost."""

@@ -32,11 +32,13 @@ from runtime_service.store.base import (
     place_events,
     user_event,
 )
-from runtime_service.store.sqlite_rows import QUERIES, execute, run_at_turn, run_from_row, run_key
+from runtime_service.store.sqlite_rows import QUERIES, execute, requested, run_at_turn, run_from_row, run_key
 
 
 def continue_run(db: apsw.Connection, new: NewTurn, claim: bool) -> Change:
-    """Store the next turn of a run. Raises RunNotFound."""
+    """Store the next turn of a run. Raises RunNotFound, RequestIdReused."""
+    if (known := requested(db, new)) is not None:
+        return known
     key = run_key(db, new.organization, new.server_id, new.run_id)
     run = run_at_turn(db, key)
     claim = claim and run.status in TERMINAL
@@ -54,7 +56,7 @@ def continue_run(db: apsw.Connection, new: NewTurn, claim: bool) -> Change:
     )
     events = place_events([user_event(new)], turn.number, turn.first_sequence)
     execute(db, "open_next_turn", (key, new.created_at_ms, turn.status))
-    execute(db, "insert_turn", (key, *astuple(turn)))
+    execute(db, "insert_turn", (key, *astuple(turn), new.request_id))
     _insert_events(db, key, events)
     return Change(run_at_turn(db, key), events)
 

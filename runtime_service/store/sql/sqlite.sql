@@ -8,8 +8,8 @@ VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 
 -- name: insert_turn
 INSERT INTO turns (run_key, number, status, mode, input, first_sequence, created_at_ms, output, error, error_code,
-                   metadata, completed_at_ms, attempt, epoch, ready)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+                   metadata, completed_at_ms, attempt, epoch, ready, request_id)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 
 -- name: insert_event
 INSERT INTO events (run_key, sequence, turn, role, content, created_at_ms, log_type, log_level, metadata)
@@ -85,6 +85,10 @@ WHERE runs.run_key = ?1
 
 -- name: last_run_key
 SELECT coalesce(max(run_key), 0) FROM runs
+
+-- name: requested_turn
+SELECT turns.run_key, number FROM turns JOIN runs ON runs.run_key = turns.run_key
+WHERE request_id = ?2 AND organization = ?1
 
 -- name: draft
 SELECT draft FROM turns WHERE run_key = ?1 AND number = ?2

@@ -1,4 +1,4 @@
--- Schema version 1 of the embedded store. `run_key` is the internal, dense key of a run: the events of a run lie
+-- Schema version 2 of the embedded store. `run_key` is the internal, dense key of a run: the events of a run lie
 -- together under it, and a run's cost does not depend on how many there are.
 
 CREATE TABLE runs (
@@ -39,11 +39,13 @@ CREATE TABLE turns (
     epoch            INTEGER NOT NULL,
     ready            INTEGER NOT NULL,  -- no earlier turn of the run is open
     draft            TEXT,  -- the text so far of the message in the making
+    request_id       TEXT,  -- of the request that opened the turn, one of its kind in the organization
     PRIMARY KEY (run_key, number)
 ) STRICT, WITHOUT ROWID;
 
 CREATE INDEX turns_open ON turns (status, ready, created_at_ms, run_key, number)
     WHERE status = 'queued' OR status = 'running';
+CREATE INDEX turns_by_request ON turns (request_id) WHERE request_id IS NOT NULL;
 
 CREATE TABLE events (
     run_key          INTEGER NOT NULL REFERENCES runs (run_key),
@@ -58,4 +60,4 @@ CREATE TABLE events (
     PRIMARY KEY (run_key, sequence)
 ) STRICT, WITHOUT ROWID;
 
-PRAGMA user_version = 1;
+PRAGMA user_version = 2;
