@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 
 _Word = TypeVar("_Word", bound=StrEnum)
 
+_ASSISTANT = EventRole.ASSISTANT  # named once: in Python 3.11 the name of an enumeration's member is a call
+
 MAX_EVENT_BYTES = 1 << 20
 _MAX_ERROR_CHARACTERS = 10_000
 _MAX_UNSTORED_OUTPUTS = 500
@@ -284,7 +286,7 @@ class Execution:
         self._pending_bytes += size
         if isinstance(output, Message):
             self._drop_draft()
-            if event.role is EventRole.ASSISTANT:
+            if event.role is _ASSISTANT:
                 self._output = event.content
         elif self._draft is not None:
             self._place_draft(self._draft)

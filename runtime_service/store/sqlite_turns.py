@@ -26,6 +26,7 @@ from runtime_service.store.base import (
 )
 from runtime_service.store.sqlite_rows import QUERIES, execute, run_from_row
 
+_RUNNING = RunStatus.RUNNING  # named once: in Python 3.11 the name of an enumeration's member is a call
 _COLUMNS = 9
 _ROWS = 16
 _INSERT_EVENTS = QUERIES["insert_event"].rstrip() + ", (?, ?, ?, ?, ?, ?, ?, ?, ?)" * (_ROWS - 1)
@@ -143,12 +144,12 @@ class RunningTurns:
                 raise TurnLost
             row = _TurnRow(found[24], run_from_row(found[:24]), stored=True, has_draft=bool(found[25]))
             self._known[key.run_id] = row
-        elif row.run.status is not RunStatus.RUNNING:
+        elif row.run.status is not _RUNNING:
             raise TurnLost
         return row
 
     def _forget_settled(self, row: _TurnRow) -> None:
-        if row.run.status is not RunStatus.RUNNING:
+        if row.run.status is not _RUNNING:
             self._known.pop(row.run.id, None)
 
     def _extend(self, row: _TurnRow, drafts: Sequence[EventDraft], at: int, turn: Turn) -> tuple[RunEvent, ...]:
@@ -176,7 +177,7 @@ class RunningTurns:
             row.changed = False
             run = row.run
             extended.append((row.key, run.last_sequence, run.message_count, run.updated_at_ms))
-            if run.status is not RunStatus.RUNNING:
+            if run.status is not _RUNNING:
                 settled.append(row)
             self._forget_settled(row)
         self._changed.clear()
