@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 
 _Word = TypeVar("_Word", bound=StrEnum)
 
+_ASSISTANT = EventRole.ASSISTANT  # named once: in Python 3.11 the name of an enumeration's member is a call
+
 MAX_EVENT_BYTES = 1 << 20
 _MAX_ERROR_CHARACTERS = 10_000
 _MAX_UNSTORED_OUTPUTS = 500
@@ -78,7 +80,7 @@ class Execution:
         self._pending: list[EventDraft] = []
         self._pending_bytes = 0
         self._in_flight = 0
-        self._said: list[Delta] = []  # pieces that nobody could see yet
+        self._said: list[Delta] = []  # pieces that nobody could see yet; always the same list
         self._refused: Exception | None = None  # why the agent is not to say more
         self._step_planned = False
         self._held = 0
@@ -227,17 +229,18 @@ class Execution:
             self._task = None
         return Outcome(RunStatus.COMPLETED)
 
-    async def _listen(self, said: AsyncGenerator[AgentSays]) -> None:
+    async def _listen(self, agent: AsyncGenerator[AgentSays]) -> None:
         """Take what the agent says, to its end."""
+        said = self._said
         left = _MAX_UNSTORED_OUTPUTS
         try:
-            async for outputs in said:
+            async for outputs in agent:
                 if not isinstance(outputs, tuple):
                     outputs = (outputs,)
                 for output in outputs:
                     # Behind another piece of this step, a piece needs no look: all are read at the step's end.
-                    if self._said and output.__class__ is Delta:
-                        self._said.append(output)
+                    if said and output.__class__ is Delta:
+                        said.append(output)
                     else:
                         self._add(output)
                         if self._pending_bytes >= _MAX_PENDING_BYTES:
@@ -248,7 +251,7 @@ class Execution:
                         left = _MAX_UNSTORED_OUTPUTS
                         await self._drain()
         finally:
-            await said.aclose()
+            await agent.aclose()
         self._read_said()
         if self._refused is not None:
             raise self._refused
@@ -283,7 +286,7 @@ class Execution:
         self._pending_bytes += size
         if isinstance(output, Message):
             self._drop_draft()
-            if event.role is EventRole.ASSISTANT:
+            if event.role is _ASSISTANT:
                 self._output = event.content
         elif self._draft is not None:
             self._place_draft(self._draft)

@@ -12,7 +12,7 @@ import apsw
 import msgspec
 import pytest
 
-from runtime_service.agents import Agent, AgentOutput, TurnContext
+from runtime_service.agents import Agent, AgentSays, TurnContext
 from runtime_service.event_log import EventLog
 from runtime_service.executor import Executor, ExecutorLimits
 from runtime_service.registry import Registry, Server
@@ -156,7 +156,7 @@ def contents(events: list[RunEvent] | tuple[RunEvent, ...]) -> list[str]:
     return [event.content for event in events]
 
 
-Script = Callable[[TurnContext], AsyncGenerator[AgentOutput]]
+Script = Callable[[TurnContext], AsyncGenerator[AgentSays]]
 
 
 class ScriptedAgent(Agent):
@@ -176,7 +176,7 @@ class ScriptedAgent(Agent):
         """Return what the test has set."""
         return self.reason
 
-    async def run(self, turn: TurnContext) -> AsyncGenerator[AgentOutput]:
+    async def run(self, turn: TurnContext) -> AsyncGenerator[AgentSays]:
         """Follow the script."""
         self.inputs.append(turn.input)
         self.running += 1

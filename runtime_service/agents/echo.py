@@ -9,6 +9,8 @@ import msgspec
 
 from runtime_service.agents.base import Agent, AgentOutput, AgentSays, Delta, Message, TurnContext
 
+_WORD = re.compile(r"\s*\S+\s*")
+
 
 class EchoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`messages`: how often the input is said; `word_delay_seconds`: the pause before each word."""
@@ -28,7 +30,7 @@ class EchoAgent(Agent):
 
     async def run(self, turn: TurnContext) -> AsyncGenerator[AgentSays]:
         """Say the input back."""
-        words = [Delta(word) for word in re.findall(r"\s*\S+\s*", turn.input)]
+        words = [Delta(word) for word in _WORD.findall(turn.input)]
         message = Message(turn.input)
         delay = self._options.word_delay_seconds
         at_once: tuple[AgentOutput, ...] = (*words, message)

@@ -21,6 +21,10 @@ from runtime_service.runs import (
     now_ms,
 )
 
+# Named once: in Python 3.11 the name of an enumeration's member is a call.
+_COUNTED = (EventRole.ASSISTANT, EventRole.USER)
+_RUNNING, _QUEUED = RunStatus.RUNNING, RunStatus.QUEUED
+
 
 class NewRun(msgspec.Struct, frozen=True):
     """A run to be accepted, with the input of its first turn.
@@ -179,7 +183,7 @@ class RunStore(Protocol):
 
 def count_messages(events: Sequence[EventDraft]) -> int:
     """Count those that a thread's message count counts."""
-    return len([event for event in events if event.role is EventRole.USER or event.role is EventRole.ASSISTANT])
+    return len([event for event in events if event.role in _COUNTED])
 
 
 def place_events(events: Sequence[EventDraft], turn: int, last_sequence: int) -> tuple[RunEvent, ...]:
@@ -212,7 +216,7 @@ def accepted_run(new: NewRun, *, claim: bool) -> Run:
     """Return the run that `start_run` stores."""
     turn = Turn(
         number=1,
-        status=RunStatus.RUNNING if claim else RunStatus.QUEUED,
+        status=_RUNNING if claim else _QUEUED,
         mode=new.mode,
         input=new.input,
         first_sequence=1,

@@ -12,7 +12,17 @@ import pytest
 
 from runtime_service import execution as execution_module
 from runtime_service import executor as executor_module
-from runtime_service.agents import AgentError, AgentOutput, Delta, Log, Message, ToolCall, ToolResult, TurnContext
+from runtime_service.agents import (
+    AgentError,
+    AgentOutput,
+    AgentSays,
+    Delta,
+    Log,
+    Message,
+    ToolCall,
+    ToolResult,
+    TurnContext,
+)
 from runtime_service.errors import AgentUnavailable, CapacityExceeded, Draining, RunNotFound, StoreUnavailable
 from runtime_service.event_log import FollowOptions
 from runtime_service.executor import ExecutorLimits
@@ -477,7 +487,7 @@ def test_agents_failure_is_data(path: Path, failure: tuple[Script, str, str], ea
     """The turn failed, with a reason; what it had said stays; no secret gets out; the next run is served."""
     script, code, message = failure
 
-    async def talk_and_fail(turn: TurnContext) -> AsyncGenerator[AgentOutput]:
+    async def talk_and_fail(turn: TurnContext) -> AsyncGenerator[AgentSays]:
         yield Message("so far")
         await asyncio.sleep(0)
         async with aclosing(script(turn)) as outputs:
@@ -539,6 +549,47 @@ def test_turn_that_takes_too_long_times_out(path: Path, kind: type[ScriptedAgent
             assert (await stored(rt, run))[:3] == ["hello", "one", "half"]
             await eventually(lambda: agent.running == 0)
             await eventually(lambda: is_idle(rt))
+
+    run_async(main())
+
+
+def test_what_an_agent_has_at_once_it_may_say_at_once(path: Path) -> None:
+    """A tuple is its members, one behind the other; however many, they do not share one commit."""
+
+    async def main() -> None:
+        async def script(_: TurnContext) -> AsyncGenerator[AgentSays]:
+            yield (Delta("a"), Message("ab"), Log("line"), Delta("c"))
+            yield Delta("d")
+            yield ()
+            yield tuple(Message(str(n)) for n in range(1_200))
+            yield (Delta("e"), Delta("f"))
+
+        async with runtime(path, ScriptedAgent(script)) as rt:
+            run = await rt.until_status(await rt.start(), COMPLETED, FAILED)
+            assert await stored(rt, run) == ["hello", "ab", "line", *map(str, range(1_200)), "ef"]
+            assert run.turn.output == "ef"
+
+    run_async(main())
+
+
+@pytest.mark.parametrize("awaits", [True, False])
+def test_piece_that_is_no_text_fails_the_turn(path: Path, awaits: bool) -> None:
+    """Wherever it is read: when the agent awaits, or when it ends."""
+
+    async def main() -> None:
+        async def script(_: TurnContext) -> AsyncGenerator[AgentSays]:
+            yield Log("before")
+            yield Delta(5)  # type: ignore[arg-type]
+            if awaits:
+                await asyncio.sleep(0.01)
+                yield Log("never stored")
+
+        async with runtime(path, ScriptedAgent(script)) as rt:
+            run = await rt.until_status(await rt.start(), COMPLETED, FAILED)
+            assert (run.status, run.turn.error_code) == (FAILED, "AGENT_FAILED")
+            assert (await stored(rt, run))[1] == "before"
+            assert "never stored" not in await stored(rt, run)
+            assert is_idle(rt)
 
     run_async(main())
 
