@@ -124,14 +124,17 @@ def new_run(
     mode: RunMode = RunMode.SYNC,
     title: str | None = None,
     metadata: bytes | None = None,
+    request_id: str | None = None,
 ) -> NewRun:
     """A run to be accepted."""
-    return NewRun(new_run_id(), organization, server_id, text, mode, now_ms(), title, metadata)
+    return NewRun(new_run_id(), organization, server_id, text, mode, now_ms(), title, metadata, request_id)
 
 
-def next_turn(run: Run | NewRun, text: str = "more", *, metadata: bytes | None = None) -> NewTurn:
+def next_turn(
+    run: Run | NewRun, text: str = "more", *, metadata: bytes | None = None, request_id: str | None = None
+) -> NewTurn:
     """The next input of a run."""
-    return NewTurn(run.organization, run.server_id, run.id, text, RunMode.SYNC, now_ms(), metadata)
+    return NewTurn(run.organization, run.server_id, run.id, text, RunMode.SYNC, now_ms(), metadata, request_id)
 
 
 def key_of(run: Run) -> TurnKey:

@@ -27,6 +27,7 @@ from runtime_service.errors import AgentUnavailable, CapacityExceeded, Draining,
 from runtime_service.event_log import FollowOptions
 from runtime_service.executor import ExecutorLimits
 from runtime_service.runs import EventRole, LogLevel, Run, RunStatus
+from runtime_service.store.base import Change
 from runtime_service.store.sqlite import SQLiteStore
 from tests.support import (
     ORGANIZATION,
@@ -357,6 +358,49 @@ def test_full_queue_refuses_and_stores_nothing(path: Path, kind: type[ScriptedAg
             go.set()
             for run in runs:
                 await rt.until_status(run, COMPLETED)
+            assert await is_served(rt)
+
+    run_async(main())
+
+
+def test_request_that_was_accepted_before_is_answered_and_takes_no_room(path: Path, kind: type[ScriptedAgent]) -> None:
+    """At once, later, and also when there is no room or the agent is away; it is executed once."""
+
+    async def main() -> None:
+        go = asyncio.Event()
+        limits = ExecutorLimits(max_turns=2, max_queued=0, cancel_grace_seconds=0.05)
+        agent = kind(waits(go))
+        async with runtime(path, agent, limits) as rt:
+
+            async def start() -> Change:
+                return await rt.executor.start_run(new_run("hi", request_id="start"), rt.servers[SERVER])
+
+            both = await asyncio.gather(start(), start())
+            assert [change.replayed for change in both] == [False, True]
+            run = both[0].run
+            assert (await start()).run.id == both[1].run.id == run.id
+            # The replays free what they had reserved.
+            await eventually(lambda: len(rt.executor._tasks) == 1)
+            await rt.start("beside")
+            with pytest.raises(CapacityExceeded):
+                await rt.start("one too many")
+            assert (await start()).replayed
+            agent.reason = "It is away."
+            assert (await start()).replayed
+            with pytest.raises(AgentUnavailable):
+                await rt.start("hi")
+            agent.reason = None
+            go.set()
+            await rt.until_status(run, COMPLETED)
+            assert (await start()).run.status is COMPLETED
+            assert contents(await log_of(rt.store, run.id)).count("hi") == 1
+            asked = next_turn(run, request_id="continue")
+            for replayed in (False, True):
+                change = await rt.executor.continue_run(asked, rt.servers[SERVER])
+                assert (change.replayed, change.run.turn.number) == (replayed, 2)
+            await rt.until_status(run, COMPLETED)
+            page = await rt.store.list_runs(ORGANIZATION, SERVER, status=None, token=None, limit=10)
+            assert len(page.runs) == 2
             assert await is_served(rt)
 
     run_async(main())

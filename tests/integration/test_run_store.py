@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from runtime_service.errors import InvalidRequest, RunNotFound, RunServiceError, StoreUnavailable
+from runtime_service.errors import InvalidRequest, RequestIdReused, RunNotFound, RunServiceError, StoreUnavailable
 from runtime_service.runs import EventDraft, EventRole, LogLevel, Run, RunMode, RunStatus
-from runtime_service.store.base import Outcome, RunStore, TurnKey, TurnLost
+from runtime_service.store.base import Change, Outcome, RunStore, TurnKey, TurnLost
 from runtime_service.store.sqlite import SQLiteStore
+from runtime_service.store.sqlite_rows import QUERIES
 from tests.support import (
     ALL,
     ORGANIZATION,
@@ -117,6 +118,71 @@ def always(_: str) -> bool:
 
 
 # Accepting
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_start_with_a_known_request_id_starts_nothing(stores: Stores, wait: bool) -> None:
+    """It shows the run as it has become, also when both come within one transaction."""
+
+    async def check(store: RunStore) -> None:
+        first, second = new_run("hi", request_id="once"), new_run("hi", request_id="once")
+        writes = [store.start_run(first, claim=True)]
+        if wait:
+            await writes[0]
+        writes.append(store.start_run(second, claim=True))
+        done, again = [await write for write in writes]
+        assert (done.replayed, again.replayed, again.events) == (False, True, ())
+        assert again.run == done.run
+        await store.finish_turn(key_of(done.run), said("one"), COMPLETED)
+        latest = await store.get_run(ORGANIZATION, SERVER, first.id)
+        assert await store.start_run(second, claim=False) == Change(latest, (), replayed=True)
+        assert await store.get_requested(second) == Change(latest, (), replayed=True)
+        runs = await store.list_runs(ORGANIZATION, SERVER, status=None, token=None, limit=ALL)
+        assert [run.id for run in runs.runs] == [first.id]
+
+    with_store(stores, check)
+
+
+def test_continue_with_a_known_request_id_opens_nothing(stores: Stores) -> None:
+    """It shows the turn that the first one opened, not a later one."""
+
+    async def check(store: RunStore) -> None:
+        run = await running(store)
+        asked = next_turn(run, "again", request_id="once")
+        first = await store.continue_run(asked, claim=True)
+        later = await store.continue_run(next_turn(run, "later"), claim=True)
+        assert (first.run.turn.number, later.run.turn.number) == (2, 3)
+        again = await store.continue_run(asked, claim=True)
+        assert again == Change(await store.get_run(ORGANIZATION, SERVER, run.id, 2), (), replayed=True)
+        assert contents(await log_of(store, run.id)) == ["hello", "again", "later"]
+
+    with_store(stores, check)
+
+
+def test_request_id_belongs_to_one_organization_and_one_request(stores: Stores) -> None:
+    """Another organization's is another id; another server, run or operation is refused, and changes nothing."""
+
+    async def check(store: RunStore) -> None:
+        started = (await store.start_run(new_run(request_id="start"), claim=True)).run
+        other = await store.start_run(new_run(organization="other", request_id="start"), claim=True)
+        assert not other.replayed
+        assert other.run.id != started.id
+        await store.continue_run(next_turn(started, request_id="continue"), claim=True)
+        elsewhere = await running(store)
+        before = [await snapshot(store, run) for run in (started, elsewhere)]
+        for refused in (
+            store.start_run(new_run(server_id="else", request_id="start"), claim=True),
+            store.start_run(new_run(request_id="continue"), claim=True),
+            store.continue_run(next_turn(started, request_id="start"), claim=True),
+            store.continue_run(next_turn(elsewhere, request_id="continue"), claim=True),
+        ):
+            with pytest.raises(RequestIdReused):
+                await refused
+        assert await store.get_requested(new_run(request_id="unknown")) is None
+        assert await store.get_requested(new_run()) is None
+        assert [await snapshot(store, run) for run in (started, elsewhere)] == before
+
+    with_store(stores, check)
 
 
 @pytest.mark.parametrize("claim", [True, False])
@@ -901,14 +967,53 @@ def test_sqlite_of_another_schema_is_refused_untouched(file: SQLiteStores) -> No
         with sqlite3.connect(file.path) as connection:
             connection.execute("PRAGMA user_version = 7")
         connection.close()
-        with pytest.raises(StoreUnavailable, match=r"schema version 7; this program knows version 1") as caught:
+        with pytest.raises(StoreUnavailable, match=r"schema version 7; this program knows version 2") as caught:
             await file.connect()
         assert str(file.path) in caught.value.message
         with sqlite3.connect(file.path) as connection:
-            connection.execute("PRAGMA user_version = 1")
+            connection.execute("PRAGMA user_version = 2")
         connection.close()
         async with file.open() as store:
             assert await store.get_run(ORGANIZATION, SERVER, run.id) == run
+
+    run_async(main())
+
+
+def test_sqlite_of_version_1_is_upgraded(file: SQLiteStores) -> None:
+    """Runs that it holds are there, can be continued, and requests are known from then on."""
+
+    async def main() -> None:
+        async with file.open() as store:
+            run = await running(store)
+        with sqlite3.connect(file.path) as connection:
+            connection.execute("DROP INDEX turns_by_request")
+            connection.execute("ALTER TABLE turns DROP COLUMN request_id")
+            connection.execute("PRAGMA user_version = 1")
+            schema = "SELECT sql FROM sqlite_schema WHERE name = 'turns_by_request'"
+            assert connection.execute(schema).fetchone() is None
+        connection.close()
+        async with file.open() as store:
+            assert await store.get_run(ORGANIZATION, SERVER, run.id) == run
+            asked = next_turn(run, request_id="once")
+            assert (await store.continue_run(asked, claim=True)).run.turn.number == 2
+            assert (await store.continue_run(asked, claim=True)).replayed
+
+    run_async(main())
+
+
+def test_sqlite_finds_a_request_by_its_id(file: SQLiteStores) -> None:
+    """Not by looking at every run of the organization."""
+
+    async def main() -> None:
+        async with file.open() as store:
+            await running(store)
+        with sqlite3.connect(file.path) as connection:
+            plan = connection.execute("EXPLAIN QUERY PLAN " + QUERIES["requested_turn"], ("default", "once"))
+            steps = [row[3] for row in plan]
+        connection.close()
+        assert len(steps) == 2
+        assert "SEARCH turns USING COVERING INDEX turns_by_request (request_id=?)" in steps[0]
+        assert "SEARCH runs USING INTEGER PRIMARY KEY" in steps[1]
 
     run_async(main())
 

@@ -87,7 +87,7 @@ WHERE runs.run_key = ?1
 SELECT coalesce(max(run_key), 0) FROM runs
 
 -- name: requested_turn
-SELECT turns.run_key, number FROM turns JOIN runs ON runs.run_key = turns.run_key
+SELECT turns.run_key, number FROM turns INDEXED BY turns_by_request CROSS JOIN runs ON runs.run_key = turns.run_key
 WHERE request_id = ?2 AND organization = ?1
 
 -- name: draft
