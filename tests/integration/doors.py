@@ -54,6 +54,11 @@ kind = "agent_runtime"
 agent = "python"
 options = { entrypoint = "tests.integration.doors:failing" }
 
+[servers.talkative]
+kind = "agent_runtime"
+agent = "python"
+options = { entrypoint = "tests.integration.doors:talkative" }
+
 [servers.absent]
 kind = "agent_runtime"
 agent = "local"
@@ -83,6 +88,12 @@ async def failing(turn: TurnContext) -> AsyncGenerator[AgentOutput]:
     if turn.input == "AgentError":
         raise AgentError("The model is away; try again.", "MODEL_AWAY")
     raise RuntimeError(SECRET)
+
+
+async def talkative(turn: TurnContext) -> AsyncGenerator[AgentOutput]:
+    """Say as many messages as the input names."""
+    for number in range(int(turn.input)):
+        yield Message(str(number))
 
 
 class Client:

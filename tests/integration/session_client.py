@@ -131,6 +131,7 @@ class Session:
         self.calls: dict[int, SessionCall] = {}
         self.responses: list[rpc.SessionResponse] = []
         self.ended = asyncio.Event()
+        self._failure: grpc.aio.AioRpcError | None = None
         self._broken: AssertionError | None = None
         self._commands: list[rpc.SessionCommand] = []
         self._waiting = asyncio.Event()
@@ -174,6 +175,12 @@ class Session:
         code: grpc.StatusCode = await self.stream.code()
         return code
 
+    async def failure(self) -> None:
+        """Raise what the stream ends with, once it has."""
+        await self.end()
+        if self._failure is not None:
+            raise self._failure
+
     def check(self) -> None:
         """Raise what the service did against the contract, if anything."""
         if self._broken is not None:
@@ -188,8 +195,10 @@ class Session:
                 self.responses.append(response)
                 for update in response.updates:
                     self.calls[update.call].arrive(update)
-        except (grpc.aio.AioRpcError, asyncio.CancelledError):
-            pass  # the status has it
+        except grpc.aio.AioRpcError as error:
+            self._failure = error
+        except asyncio.CancelledError:
+            pass  # by `stream.cancel`
         except (AssertionError, KeyError) as error:
             self._broken = AssertionError("the service broke the contract of a session")
             self._broken.__cause__ = error
