@@ -8,6 +8,7 @@ from __future__ import annotations
 import hmac
 import logging
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from inspect import isasyncgenfunction
 from typing import Any, TypeAlias
 
@@ -121,7 +122,8 @@ def _guard(behaviour: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[
         except grpc.aio.AbortError:
             raise
         except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
-            await _abort(context, error)
+            with suppress(grpc.aio.InternalError):  # the caller has gone
+                await _abort(context, error)
 
     return guarded
 

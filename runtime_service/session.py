@@ -16,7 +16,7 @@ import grpc
 import msgspec
 
 from protos.acp.runs.v1 import run_service_pb2 as rpc
-from runtime_service.errors import InvalidRequest, SessionFull
+from runtime_service.errors import Draining, InvalidRequest, SessionFull
 from runtime_service.operations import Operations, RunNews
 from runtime_service.rpc_errors import status_for
 
@@ -24,7 +24,7 @@ _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 # What one message should hold, in bytes, about: small enough that a caller is not long at work on it.
 _MESSAGE_BYTES = 1 << 16
 _EVENT_BYTES = 100  # of an event beside its content, about
-_CLOSING_SECONDS = 1.0
+_ENDING_SECONDS = 0.8  # less than a stopping server gives to the calls that are under way
 _FOLLOWS = ("start_run", "continue_run", "watch_run")
 _Fill: TypeAlias = Callable[[rpc.SessionUpdate], None]
 
@@ -82,10 +82,10 @@ class _Session:
         self._limits = limits
         self._context = context
         self._loop = asyncio.get_running_loop()
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, _Call] = {}  # until their `last` is sent
         self._outbox: deque[_Call] = deque()
         self._wake: asyncio.Future[None] | None = None  # of the writer, while it has nothing to send
-        self._finished: asyncio.Future[None] | None = None  # awaited: the outbox is empty
+        self._ending = False
 
     async def serve(self, closing: asyncio.Event) -> None:
         tasks = [asyncio.create_task(part) for part in (self._read(), self._write(), closing.wait())]
@@ -97,6 +97,7 @@ class _Session:
             else:
                 await self._finish(writer)
         finally:
+            tasks += [call.task for call in self._calls.values() if call.task is not None]
             for call in list(self._calls.values()):
                 self._stop(call)
             for task in tasks:
@@ -105,12 +106,11 @@ class _Session:
 
     async def _finish(self, writer: asyncio.Task[Any]) -> None:
         """Let the calls end that are open, and send what they say."""
-        calls = [call.task for call in self._calls.values() if call.task is not None]
-        if calls:
-            await asyncio.wait(calls, timeout=_CLOSING_SECONDS)
-        if self._outbox:
-            self._finished = self._loop.create_future()
-            await asyncio.wait([self._finished, writer], timeout=_CLOSING_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        self._ending = True
+        for call in self._calls.values():
+            _go_on(call)
+        self._wake_writer()
+        await asyncio.wait([writer], timeout=_ENDING_SECONDS)
 
     async def _read(self) -> None:
         while (request := await self._context.read()) is not grpc.aio.EOF:
@@ -119,6 +119,10 @@ class _Session:
 
     def _take(self, command: rpc.SessionCommand) -> None:
         operation = command.WhichOneof("operation")
+        if operation is None:
+            raise InvalidRequest("commands.operation", "must be set to one that is known here")
+        if command.call < 1:
+            raise InvalidRequest("commands.call", "must be above 0")
         call = self._calls.get(command.call)
         if operation == "stop":
             if call is not None:
@@ -127,10 +131,8 @@ class _Session:
             if call is not None:
                 call.unacknowledged = max(0, call.unacknowledged - command.acknowledge.updates)
                 _go_on(call)
-        elif operation is None:
-            raise InvalidRequest("commands.operation", "must be set to one that is known here")
-        elif call is not None or command.call < 1:
-            raise InvalidRequest("commands.call", "must be above 0 and not that of an open call")
+        elif call is not None:
+            raise InvalidRequest("commands.call", "must not be that of an open call")
         else:
             self._open(command, operation)
 
@@ -144,10 +146,15 @@ class _Session:
         call.task = self._loop.create_task(serve(call, command, operation))
 
     def _stop(self, call: _Call) -> None:
-        self._calls.pop(call.number, None)
+        self._forget(call)
         call.stopped = True
         if call.task is not None:
             call.task.cancel()
+        self._wake_writer()
+
+    def _forget(self, call: _Call) -> None:
+        if self._calls.get(call.number) is call:
+            del self._calls[call.number]
 
     # Calls
 
@@ -157,9 +164,7 @@ class _Session:
             follow = getattr(self._operations, operation)
             async with aclosing(follow(_organization(command), getattr(command, operation))) as news:
                 async for item in news:
-                    while call.waits or call.unacknowledged >= self._limits.window_updates:
-                        call.room = self._loop.create_future()
-                        await call.room
+                    await self._room(call)
                     call.unacknowledged += 1
                     self._put(call, partial(_fill_news, item), _size(item))
             call.last = True
@@ -167,11 +172,15 @@ class _Session:
                 self._put(call, None, 0)
         except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
             while call.waits:
-                call.room = self._loop.create_future()
-                await call.room
+                await _pause(call)
             self._fail(call, error, command)
-        finally:
-            self._calls.pop(call.number, None)
+
+    async def _room(self, call: _Call) -> None:
+        """Wait until the call may send another update."""
+        while call.waits or call.unacknowledged >= self._limits.window_updates:
+            if self._ending and not call.waits:
+                raise Draining
+            await _pause(call)
 
     async def _answer(self, call: _Call, command: rpc.SessionCommand, operation: str) -> None:
         """Send the one answer of an operation."""
@@ -182,8 +191,6 @@ class _Session:
             self._put(call, lambda update: getattr(update, operation).CopyFrom(answer), answer.ByteSize())
         except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
             self._fail(call, error, command)
-        finally:
-            self._calls.pop(call.number, None)
 
     def _fail(self, call: _Call, error: Exception, command: rpc.SessionCommand) -> None:
         status = status_for(error, command.correlation_id, command.traceparent)
@@ -196,14 +203,15 @@ class _Session:
         call.fill, call.size = fill, size
         call.waits = True
         self._outbox.append(call)
+        self._wake_writer()
+
+    def _wake_writer(self) -> None:
         if self._wake is not None and not self._wake.done():
             self._wake.set_result(None)
 
     async def _write(self) -> None:
-        while True:
+        while self._calls or self._outbox or not self._ending:
             if not self._outbox:
-                if self._finished is not None and not self._finished.done():
-                    self._finished.set_result(None)
                 self._wake = self._loop.create_future()
                 await self._wake
                 self._wake = None
@@ -223,12 +231,18 @@ class _Session:
             update.call = call.number
             if call.last:
                 update.last = True
+                self._forget(call)
             if call.fill is not None:
                 call.fill(update)
                 call.fill = None
             size += call.size
             _go_on(call)
         return response
+
+
+async def _pause(call: _Call) -> None:
+    call.room = asyncio.get_running_loop().create_future()
+    await call.room
 
 
 def _go_on(call: _Call) -> None:
