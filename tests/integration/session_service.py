@@ -12,6 +12,7 @@ from google.rpc import error_details_pb2, status_pb2
 from gateway.run_client import RunClient
 from protos.acp.runs.v1 import run_pb2 as pb
 from protos.acp.runs.v1 import run_service_pb2 as rpc
+from tests.support import eventually
 
 TOKEN = "the-service-token-of-the-tests"
 WINDOW = 8
@@ -134,13 +135,15 @@ class FakeService:
 
 @asynccontextmanager
 async def fake_service() -> AsyncIterator[FakeService]:
-    """Serve until the test is over."""
+    """Serve until the test is over, and until nothing is left of it: gRPC would tell the next loop."""
+    before = asyncio.all_tasks()
     service = FakeService()
     await service.start()
     try:
         yield service
     finally:
         await service.kill()
+    await eventually(lambda: asyncio.all_tasks() <= before)
 
 
 @asynccontextmanager
