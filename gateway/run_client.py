@@ -75,7 +75,7 @@ class RunClient:
     def __init__(self, target: str, service_token: str, max_calls: int, reconnect_seconds: float) -> None:
         self._target = target
         self._metadata = (("authorization", f"Bearer {service_token}"),)
-        self._session = Session(self._open_stream, max_calls, reconnect_seconds)
+        self._session = Session(self._open_stream, max_calls, MAX_MESSAGE_BYTES, reconnect_seconds)
         # Ids of requests: unlike any other gateway's, and in the order in which they were made.
         prefix = secrets.token_hex(8)
         self._request_ids = (f"{prefix}-{number:010x}" for number in itertools.count(1))

@@ -23,7 +23,7 @@ Stream: TypeAlias = "grpc.aio.StreamStreamCall[rpc.SessionRequest, rpc.SessionRe
 
 _TICK_SECONDS = 0.5
 _RECONNECT_SECONDS = (0.05, 2.0)
-# Half of what the service lets a message hold: what a batch holds beside its first command.
+# What a batch of commands holds beside its last one, at most.
 _BATCH_BYTES = 1 << 18
 # A stream that ends with one of these would end the next one, too: nobody is kept waiting for it.
 _HOPELESS = frozenset(
@@ -161,7 +161,7 @@ class Call:
                 break
             known += 1
         del news.events[:known]
-        if news.HasField("run") and not news.events and (news.run.turn, news.run.status) == self._run_state:
+        if news.HasField("run") and (news.run.turn, news.run.status) == self._run_state:
             news.ClearField("run")
             news.ClearField("thread")
 
@@ -173,11 +173,13 @@ class Call:
 class Session:
     """One session with one runtime service, kept open: when its stream breaks, another one is opened."""
 
-    def __init__(self, open_stream: Callable[[], Stream], max_calls: int, reconnect_seconds: float) -> None:
+    def __init__(
+        self, open_stream: Callable[[], Stream], max_calls: int, max_message_bytes: int, reconnect_seconds: float
+    ) -> None:
         self._open_stream = open_stream
         self._own_max_calls = self._max_calls = max_calls
+        self._own_max_message_bytes = self._max_message_bytes = max_message_bytes
         self._reconnect_seconds = reconnect_seconds
-        self._max_message_bytes = math.inf
         self.acknowledge_after = 1
         self._numbers = itertools.count(1)
         self._calls: dict[int, Call] = {}
@@ -212,14 +214,17 @@ class Session:
                 headers={"Retry-After": "1"},
             )
         command.call = next(self._numbers)
-        if command.ByteSize() > self._max_message_bytes - _BATCH_BYTES:
-            raise ApiError(413, "BODY_TOO_LARGE", "The request is larger than the runtime service takes.")
+        if not self._fits(command):
+            raise _too_large()
         now = self.loop.time()
         call = Call(self, command, now, math.inf if seconds is None else now + seconds)
         self._calls[command.call] = call
         if self._connected:
             self._send(call.begin(now))
         return call
+
+    def _fits(self, command: rpc.SessionCommand) -> bool:
+        return command.ByteSize() <= self._max_message_bytes - _BATCH_BYTES
 
     # What calls ask for
 
@@ -262,8 +267,11 @@ class Session:
 
     async def _serve(self, stream: Stream, limits: rpc.SessionLimits) -> None:
         self._max_calls = min(self._own_max_calls, limits.max_calls)
-        self._max_message_bytes = limits.max_message_bytes
+        self._max_message_bytes = min(self._own_max_message_bytes, limits.max_message_bytes)
         self.acknowledge_after = max(1, limits.window_updates // 2)
+        for call in list(self._calls.values()):
+            if not self._fits(call.command):
+                call.fail(_too_large())  # it was made when that was not known
         now = self.loop.time()
         self._outbox = [call.begin(now) for call in self._calls.values()]
         self._connected = True
@@ -321,7 +329,7 @@ class Session:
     def _park(self, error: grpc.aio.AioRpcError | None) -> None:
         """Keep what is in flight for the next stream, unless that would end as this one did."""
         if error is not None and error.code() in _HOPELESS:
-            self._fail_all(lambda _: from_rpc_error(error))
+            self._fail_all(lambda _: _refused(error))
             return
         now = self.loop.time()
         for call in self._calls.values():
@@ -334,7 +342,7 @@ class Session:
         now = self.loop.time()
         for call in list(self._calls.values()):
             if now >= call.deadline:
-                call.fail(_TIMED_OUT)
+                call.fail(_timed_out())
             elif call.parked_at is not None and now - call.parked_at >= self._reconnect_seconds:
                 call.fail(call.parked_by or _unreachable(call))
 
@@ -343,9 +351,24 @@ class Session:
             call.fail(error_of(call))
 
 
-_TIMED_OUT = ApiError(
-    504, "DEADLINE_EXCEEDED", "The runtime service did not answer in time; the request may still take effect."
-)
+# Errors are made anew for each call: one that is raised keeps hold of all that it passes through.
+
+
+def _timed_out() -> ApiError:
+    return ApiError(
+        504, "DEADLINE_EXCEEDED", "The runtime service did not answer in time; the request may still take effect."
+    )
+
+
+def _too_large() -> ApiError:
+    return ApiError(413, "BODY_TOO_LARGE", "The request is larger than the runtime service takes.")
+
+
+def _refused(error: grpc.aio.AioRpcError) -> ApiError:
+    if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
+        # It is about what the gateway wrote, not about what a caller did.
+        return ApiError(502, "RUNTIME_INCOMPATIBLE", "The runtime service does not understand this gateway.")
+    return from_rpc_error(error)
 
 
 def _unreachable(call: Call) -> ApiError:

@@ -188,7 +188,7 @@ class StreamRelay:
     def stop(self) -> None:
         """End the stream with `stream.error`, code DRAINING, if anyone is there to read it."""
         self._stopped = True
-        self._updates.fail(_DRAINING)
+        self._updates.fail(_draining())
 
     def is_left(self) -> bool:
         """Return whether the client has gone."""
@@ -200,7 +200,9 @@ class StreamRelay:
             transport.abort()
 
 
-_DRAINING = ApiError(503, "DRAINING", "The gateway is stopping; connect again with the last sequence you have.")
+def _draining() -> ApiError:
+    # Made anew each time: an error that is raised keeps hold of all that it passes through.
+    return ApiError(503, "DRAINING", "The gateway is stopping; connect again with the last sequence you have.")
 
 
 class OpenStreams:
@@ -251,7 +253,7 @@ class OpenStreams:
 
         if self._stopping:
             updates.stop()
-            raise _DRAINING
+            raise _draining()
         relay = StreamRelay(self, request, updates, Frames(form))
         self._open.add(relay)
         try:

@@ -48,7 +48,7 @@ def run_async(main: Coroutine[Any, Any, _T], *, loop_factory: LoopFactory | None
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         result = runner.run(limited())
     gc.collect()
-    assert not unseen
+    assert not unseen, unseen
     return result
 
 

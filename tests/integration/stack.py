@@ -258,6 +258,90 @@ def _frame(lines: list[str]) -> Frame:
     return Frame(tuple(lines), json.loads(data[0]), int(ids[0]) if ids else None)
 
 
+class Wire:
+    """What lies between gateway and runtime service: a TCP proxy whose connections a test can break."""
+
+    def __init__(self) -> None:
+        self.port = 0
+        self.swallowed = 0
+        self._connections: set[_Connection] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._target: tuple[str, int]
+        self._server: asyncio.Server
+
+    async def start(self, target: str) -> str:
+        """Pass on to HOST:PORT; return where to connect to instead."""
+        host, _, port = target.rpartition(":")
+        self._target = (host, int(port))
+        self._server = await asyncio.start_server(self._pass, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return f"127.0.0.1:{self.port}"
+
+    async def stop(self) -> None:
+        """Break what there is, and take no more."""
+        self._server.close()
+        self.cut()
+        await self._server.wait_closed()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def cut(self) -> None:
+        """Break every connection, with what is under way on it."""
+        for connection in self._connections:
+            connection.cut()
+
+    def swallow(self, *, answers_only: bool = False) -> None:
+        """Let nothing through any more, or no answers, on the connections that there are; `swallowed` counts bytes."""
+        for connection in self._connections:
+            connection.swallows = ("down",) if answers_only else ("up", "down")
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        try:
+            there = await asyncio.open_connection(*self._target)
+        except OSError:
+            writer.transport.abort()
+            return
+        connection = _Connection((writer, there[1]))
+        self._connections.add(connection)
+        try:
+            await asyncio.gather(
+                self._copy(connection, "up", reader, there[1]), self._copy(connection, "down", there[0], writer)
+            )
+        finally:
+            self._connections.discard(connection)
+
+    async def _copy(
+        self, connection: "_Connection", way: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        try:
+            while data := await reader.read(1 << 16):
+                if way in connection.swallows:
+                    self.swallowed += len(data)
+                else:
+                    writer.write(data)
+                    await writer.drain()
+        except ConnectionError:
+            pass
+        finally:
+            connection.cut()
+
+
+class _Connection:
+    """One connection through a wire, with both of its ends."""
+
+    def __init__(self, ends: tuple[asyncio.StreamWriter, ...]) -> None:
+        self._ends = ends
+        self.swallows: tuple[str, ...] = ()
+
+    def cut(self) -> None:
+        for end in self._ends:
+            end.transport.abort()
+
+
 class Stack:
     """Both programs, and a client of theirs. `key` is of the organization "default" and may do everything."""
 
@@ -366,9 +450,14 @@ async def until(fact: Callable[[], Awaitable[bool]]) -> None:
 
 @asynccontextmanager
 async def serving(
-    folder: Path, limits: ExecutorLimits | None = None, *, servers: str = SERVERS, **settings: Any
+    folder: Path,
+    limits: ExecutorLimits | None = None,
+    *,
+    servers: str = SERVERS,
+    wire: Wire | None = None,
+    **settings: Any,
 ) -> AsyncIterator[Stack]:
-    """Serve with these settings of the gateway, over a data directory in `folder`."""
+    """Serve with these settings of the gateway, over a data directory in `folder`, through the wire if there is one."""
     toml = folder / "servers.toml"
     toml.write_text(servers)
     runtime = RuntimeConfig(
@@ -383,7 +472,7 @@ async def serving(
     await stack.start_runtime()
     try:
         config = GatewayConfig(
-            grpc_target=stack.target,
+            grpc_target=stack.target if wire is None else await wire.start(stack.target),
             service_token=TOKEN,
             keys_file=stack.keys.path,
             port=0,
@@ -396,4 +485,6 @@ async def serving(
         ):
             yield stack
     finally:
+        if wire is not None:
+            await wire.stop()
         await stack.stop_runtime()
