@@ -5,10 +5,10 @@ A domain error becomes a google.rpc.Status with exactly one ErrorInfo (AIP-193);
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 from collections.abc import Awaitable, Callable, Iterable
-from contextlib import suppress
 from inspect import isasyncgenfunction
 from typing import Any, TypeAlias
 
@@ -118,12 +118,16 @@ def _wrap(handler: _Handler) -> _Handler:
 def _guard(behaviour: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
     async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         try:
-            return await behaviour(request, context)
-        except grpc.aio.AbortError:
-            raise
-        except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
-            with suppress(grpc.aio.InternalError):  # the caller has gone
+            try:
+                return await behaviour(request, context)
+            except (grpc.aio.AbortError, grpc.aio.InternalError):
+                raise
+            except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
                 await _abort(context, error)
+        except grpc.aio.InternalError as error:
+            # Nothing can be sent: the caller has gone, as gRPC is about to find out.
+            log.info("a call ended before all was sent (%s)", error)
+            raise asyncio.CancelledError from error
 
     return guarded
 
