@@ -19,8 +19,10 @@ from runtime_service.errors import Draining
 from runtime_service.runs import TERMINAL, Run, RunEvent, RunStatus
 from runtime_service.store.base import Change, RunStore
 
-BATCH_EVENTS = 1_000
-BATCH_BYTES = 1 << 20
+# An update holds no more: who sends it, and who takes it in, has others to serve. And a follower that has to wait
+# holds one.
+_UPDATE_EVENTS = 128
+_UPDATE_SIZE = 1 << 15  # as _TAIL_SIZE
 _TAIL_EVENTS = 1_000
 _TAIL_SIZE = 1 << 18  # of content in code points and of metadata in bytes
 _VIEWS = 32
@@ -186,12 +188,19 @@ class LiveRun:
         return not self.held and not self._followers
 
     def tail_after(self, sequence: int) -> tuple[RunEvent, ...]:
-        """Return the events after `sequence` if the tail reaches back that far, else nothing."""
+        """Return the next events after `sequence` if the tail reaches back that far, else nothing."""
         tail = self.tail
         if not tail or tail[0].sequence > sequence + 1:
             return ()
         skip = sequence + 1 - tail[0].sequence
-        return tuple(tail[skip:])
+        events = tail[skip : skip + _UPDATE_EVENTS]
+        size = count = 0
+        for event in events:
+            size += _size(event)
+            if size > _UPDATE_SIZE and count:
+                break
+            count += 1
+        return tuple(events[:count])
 
 
 def _wake(waiting: asyncio.Future[bool], expired: bool) -> None:
@@ -366,7 +375,7 @@ class EventLog:
 
     async def _events_after(self, live: LiveRun, run: Run, sequence: int) -> tuple[RunEvent, ...]:
         return live.tail_after(sequence) or tuple(
-            await self._store.read_events(run.id, sequence, BATCH_EVENTS, BATCH_BYTES)
+            await self._store.read_events(run.id, sequence, _UPDATE_EVENTS, _UPDATE_SIZE)
         )
 
     async def _read_view(self, live: LiveRun, run: Run, turn: int | None) -> Run:

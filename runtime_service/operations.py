@@ -12,7 +12,7 @@ from protos.acp.runs.v1 import run_pb2 as pb
 from protos.acp.runs.v1 import run_service_pb2 as rpc
 from runtime_service.convert import add_events, fill_run, fill_thread, fill_update, run_mode, run_status
 from runtime_service.errors import InvalidRequest
-from runtime_service.event_log import BATCH_BYTES, BATCH_EVENTS, EventLog, FollowOptions, Update
+from runtime_service.event_log import EventLog, FollowOptions, Update
 from runtime_service.executor import Executor
 from runtime_service.registry import Registry, Server
 from runtime_service.runs import TERMINAL, Run, RunMode, RunStatus, new_run_id, now_ms
@@ -21,6 +21,8 @@ from runtime_service.validation import RequestLimits, checked_input, checked_met
 
 _MAX_PAGE = 200
 _DEFAULT_PAGE = 50
+_PAGE_EVENTS = 1_000
+_PAGE_BYTES = 1 << 20
 
 
 class RunNews(NamedTuple):
@@ -139,11 +141,11 @@ class Operations:
         server = self._server(organization, request.server)
         after = _checked_after(request.after_sequence)
         wait_seconds = _wait_seconds(request.wait_ms, "wait_ms")
-        limit = _page_size(request.page_size, BATCH_EVENTS, BATCH_EVENTS)
+        limit = _page_size(request.page_size, _PAGE_EVENTS, _PAGE_EVENTS)
         run = await self._run(server, request.run_id)
         if wait_seconds is not None and after >= run.last_sequence and run.status not in TERMINAL:
             run = await self._wait_for_event(run, after, wait_seconds)
-        events = await self._store.read_events(run.id, after, limit, BATCH_BYTES)
+        events = await self._store.read_events(run.id, after, limit, _PAGE_BYTES)
         # The page must not show more than the run that it comes with.
         events = [event for event in events if event.sequence <= run.last_sequence]
         reached = events[-1].sequence if events else after

@@ -33,7 +33,7 @@ class SessionLimits(msgspec.Struct, frozen=True):
     """What a session holds its caller to; see SessionLimits in run_service.proto."""
 
     max_calls: int = 10_000
-    window_updates: int = 8
+    window_updates: int = 4
 
 
 class _Call:

@@ -194,7 +194,7 @@ def test_slow_follower_is_caught_up_from_the_store(tmp_path: Path) -> None:
                 await tale.finish()
                 got += [update async for update in updates]
             assert sequences(got) == list(range(1, 3_007))
-            assert all(len(update.events) <= event_log_module.BATCH_EVENTS for update in got)
+            assert all(len(update.events) <= event_log_module._UPDATE_EVENTS for update in got)
 
     run_async(main())
 
@@ -403,8 +403,8 @@ def test_collect_of_a_long_turn_comes_in_pieces(tmp_path: Path) -> None:
             await tale.finish("end")
             got = await collected(tale.log, run)
             assert sequences(got) == list(range(1, 2_509))
-            assert all(len(update.events) <= event_log_module.BATCH_EVENTS for update in got)
-            most = event_log_module.BATCH_BYTES + 400_000
+            assert all(len(update.events) <= event_log_module._UPDATE_EVENTS for update in got)
+            most = event_log_module._UPDATE_SIZE + 400_000
             assert all(sum(len(event.content) for event in update.events) <= most for update in got)
             assert got[-1].run == tale.run
 

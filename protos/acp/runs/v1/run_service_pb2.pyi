@@ -3,9 +3,9 @@
 isort:skip_file
 RunService: start agent runs, follow them, continue and cancel them.
 
-Call metadata: `authorization: Bearer SERVICE_TOKEN` (required), `x-acp-organization` (required),
-`x-acp-subject`, `x-request-id`, `traceparent` (optional). The organization is part of every query: a
-server or run of another organization is NOT_FOUND, exactly as one that does not exist.
+Call metadata: `authorization: Bearer SERVICE_TOKEN` (required), `x-acp-organization` (required, but not for Session,
+whose commands carry it), `x-acp-subject`, `x-request-id`, `traceparent` (optional). The organization is part of
+every query: a server or run of another organization is NOT_FOUND, exactly as one that does not exist.
 
 Every error is a google.rpc.Status with exactly one google.rpc.ErrorInfo (domain "acp.runs.v1"), whose
 reason is the `code` that REST clients read; INVALID_ARGUMENT adds google.rpc.BadRequest, RESOURCE_EXHAUSTED
@@ -700,7 +700,9 @@ class SessionCommand(_message.Message):
     STOP_FIELD_NUMBER: _builtins.int
     ACKNOWLEDGE_FIELD_NUMBER: _builtins.int
     call: _builtins.int
-    """Which call; a new one takes a number that this session has not had yet."""
+    """Which call: a number from 1, for a new one a number that this session has not had yet. Only those of open calls
+    are checked.
+    """
     organization: _builtins.str
     """On whose behalf, as `x-acp-organization` of a plain RPC. Required where a call is opened."""
     subject: _builtins.str
@@ -798,7 +800,7 @@ class AcknowledgeUpdates(_message.Message):
 
     UPDATES_FIELD_NUMBER: _builtins.int
     updates: _builtins.int
-    """How many run updates the caller has taken in since it last said so."""
+    """How many run updates the caller has taken in since it last said so; more than were sent counts as all of them."""
     def __init__(
         self,
         *,

@@ -141,15 +141,17 @@ class RunServiceServicer:
         The stream. Its metadata holds `authorization`; the organization comes with each command. The service's first
         response holds `limits` alone. The caller sends batches of commands, the service batches of updates, each in
         any order of calls; neither side waits for the other. The caller ends the session by closing its side: calls that
-        are open then are stopped. When the stream ends in any other way (a connection or a process was lost, or the
-        service is stopping, which ends it with OK), nothing is known of what was under way: open another
-        session and ask again. Runs go on without a session.
+        are open then are stopped. A service that stops ends each open call with UNAVAILABLE (DRAINING), then the stream
+        with OK; a caller that is sending at that moment may see another status. However a stream ends, nothing is known
+        of what was under way: open another session and ask again. Runs go on without a session.
 
         A call. A command with an operation opens the call of its number. The service answers with updates under the same
-        number, in the order in which things happened, and ends the call with exactly one that has `last`; its number is
-        not used again. StartRun, ContinueRun and WatchRun give any number of `run_update`, the others exactly one answer.
-        An error ends the call, never the session: `error` is the google.rpc.Status that the plain RPC would have ended
-        with. A caller that loses interest sends `stop`, and drops what was under way to it.
+        number, in the order in which things happened, and ends the call with exactly one that has `last`. A number is
+        used once, also where its call was refused or stopped. StartRun, ContinueRun and WatchRun give any number of
+        `run_update`, the others exactly one answer. An error ends the call, never the session: `error` is the
+        google.rpc.Status that the plain RPC would have ended with. A call has no deadline: a caller that has waited long
+        enough sends `stop`, and drops what was under way to it. A start or continue that is stopped before its first
+        update may or may not have been accepted.
 
         Asking again. GetRun, ListRuns, ListRunEvents and CancelRun are safe to repeat. StartRun and ContinueRun are, with
         the same `request_id`: what was accepted is answered, from the turn's first event. WatchRun goes on after the last
@@ -157,12 +159,14 @@ class RunServiceServicer:
 
         Slow readers. The service sends at most `limits.window_updates` run updates of a call ahead of the
         caller's `acknowledge`. A call that is not acknowledged waits, holds up no other, and misses nothing: it
-        goes on from the store.
+        goes on from the store. Errors and answers of other operations need no room and no acknowledgement.
 
-        Limits. At most `limits.max_calls` calls are open at once; one more is RESOURCE_EXHAUSTED
-        (SESSION_FULL) with RetryInfo. A message of either side holds at most `limits.max_message_bytes`. A command without
-        an operation, with the number of an open call, or a call number below 1 ends the session with INVALID_ARGUMENT;
-        one that is about a call that has ended is ignored: it may have ended meanwhile.
+        Limits. At most `limits.max_calls` calls are open at once, each until its `last` is on its way or its `stop` was
+        taken; one more is RESOURCE_EXHAUSTED (SESSION_FULL) with RetryInfo. Messages of either side hold at most
+        `limits.max_message_bytes`, which is more than gRPC takes by default: a caller sets its own limit to that. A longer
+        one ends the session with gRPC's own RESOURCE_EXHAUSTED. A command without an operation (`commands.operation`), or
+        with a number below 1 or that of an open call (`commands.call`) ends the session with INVALID_ARGUMENT. A `stop` or
+        `acknowledge` of a call that is not open is ignored: it may have ended meanwhile.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
