@@ -284,7 +284,7 @@ def test_killed_runtime_is_not_noticed_by_who_waits(tmp_path: Path) -> None:
         waiting = pool.submit(started.start, "gated", str(gate))
         path = "/v1/servers/gated/runs"
         with httpx.Client(base_url=started.url, headers=started.http.headers) as other:
-            until(lambda: [run["id"] for run in other.get(path).json()["runs"]])
+            run_ids = until(lambda: [run["id"] for run in other.get(path).json()["runs"]])
         for _ in range(2):
             pid = started.runtime_pid
             os.kill(pid, signal.SIGKILL)
@@ -293,6 +293,7 @@ def test_killed_runtime_is_not_noticed_by_who_waits(tmp_path: Path) -> None:
         answer = waiting.result(LIMIT_SECONDS)
         assert (answer.status_code, answer.json()["run"]["status"]) == (201, "completed")
         assert answer.json()["run"]["output"] == "open"
+        assert [run["id"] for run in started.http.get(path).json()["runs"]] == run_ids == [answer.json()["run"]["id"]]
         assert started.start("echo", "hello").status_code == 201
 
 
