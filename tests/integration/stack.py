@@ -264,6 +264,7 @@ class Wire:
     def __init__(self) -> None:
         self.port = 0
         self.swallowed = 0
+        self._swallows: tuple[str, ...] = ()
         self._connections: set[_Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._target: tuple[str, int]
@@ -286,14 +287,16 @@ class Wire:
             await asyncio.wait(self._tasks)
 
     def cut(self) -> None:
-        """Break every connection, with what is under way on it."""
+        """Break every connection, with what is under way on it; the next ones let everything through."""
+        self._swallows = ()
         for connection in self._connections:
             connection.cut()
 
     def swallow(self, *, answers_only: bool = False) -> None:
-        """Let nothing through any more, or no answers, on the connections that there are; `swallowed` counts bytes."""
+        """Let nothing through any more, or no answers, until the cut; `swallowed` counts bytes."""
+        self._swallows = ("down",) if answers_only else ("up", "down")
         for connection in self._connections:
-            connection.swallows = ("down",) if answers_only else ("up", "down")
+            connection.swallows = self._swallows
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -305,7 +308,7 @@ class Wire:
         except OSError:
             writer.transport.abort()
             return
-        connection = _Connection((writer, there[1]))
+        connection = _Connection((writer, there[1]), self._swallows)
         self._connections.add(connection)
         try:
             await asyncio.gather(
@@ -333,9 +336,9 @@ class Wire:
 class _Connection:
     """One connection through a wire, with both of its ends."""
 
-    def __init__(self, ends: tuple[asyncio.StreamWriter, ...]) -> None:
+    def __init__(self, ends: tuple[asyncio.StreamWriter, ...], swallows: tuple[str, ...]) -> None:
         self._ends = ends
-        self.swallows: tuple[str, ...] = ()
+        self.swallows = swallows
 
     def cut(self) -> None:
         for end in self._ends:
