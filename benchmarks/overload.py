@@ -26,7 +26,7 @@ from benchmarks.processes import Server
 from benchmarks.product import echo, product, runs_path
 from benchmarks.report import Section, Target, table
 
-_CAPACITY: Final = 1024  # calls in flight that the gateway is given
+_CAPACITY: Final = 512
 _TIMES: Final = 3
 _PEAK_CONNECTIONS: Final = (16, 64, 256)
 _WARM_UP_SECONDS: Final = 2.0

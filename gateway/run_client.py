@@ -21,8 +21,9 @@ _OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # What may be asked again is known here, not to gRPC; its retry buffers cost each call and each idle stream.
     ("grpc.enable_retries", 0),
-    # An unread stream is not to fill memory: keep the flow-control window at its start.
+    # A session is always read; what a call may fill is bounded by its own window.
     ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 1 << 20),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.ping_timeout_ms", 5_000),

@@ -182,6 +182,7 @@ class Session:
         self._reconnect_seconds = reconnect_seconds
         self.acknowledge_after = 1
         self._numbers = itertools.count(1)
+        self._retry_after = itertools.cycle("123")  # so that those who were refused do not come back all at once
         self._calls: dict[int, Call] = {}
         self._outbox: list[rpc.SessionCommand] = []
         self._connected = False
@@ -211,7 +212,7 @@ class Session:
                 503,
                 "OVERLOADED",
                 f"{self._max_calls} requests are under way already; nothing was changed. Try again in a moment.",
-                headers={"Retry-After": "1"},
+                headers={"Retry-After": next(self._retry_after)},
             )
         command.call = next(self._numbers)
         if not self._fits(command):

@@ -46,7 +46,7 @@ _ADMITTING_SECONDS = 10.0
 class ExecutorLimits(msgspec.Struct, frozen=True):
     """`max_turns` run at once, `max_queued` wait. A cancelled agent has `cancel_grace_seconds` to end by itself."""
 
-    max_turns: int = 128
+    max_turns: int = 1_024
     max_queued: int = 10_000
     max_attempts: int = 3
     cancel_grace_seconds: float = 5.0

@@ -21,8 +21,8 @@ from runtime_service.operations import Operations, RunNews
 from runtime_service.rpc_errors import status_for
 
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-# What one message should hold, in bytes, about: small enough that a caller is not long at work on it.
-_MESSAGE_BYTES = 1 << 16
+# What one message should hold, in bytes, about: of many calls, as each has one item in it.
+_MESSAGE_BYTES = 1 << 18
 _EVENT_BYTES = 100  # of an event beside its content, about
 _ENDING_SECONDS = 0.8  # less than a stopping server gives to the calls that are under way
 _FOLLOWS = ("start_run", "continue_run", "watch_run")

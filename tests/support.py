@@ -18,6 +18,7 @@ from runtime_service.executor import Executor, ExecutorLimits
 from runtime_service.registry import Registry, Server
 from runtime_service.runs import TERMINAL, EventDraft, EventRole, Run, RunEvent, RunMode, RunStatus, new_run_id, now_ms
 from runtime_service.store.base import NewRun, NewTurn, RunStore, TurnKey
+from runtime_service.store.group_commit import GroupCommitWriter
 from runtime_service.store.sqlite import SQLiteStore
 
 LIMIT_SECONDS = 20.0
@@ -73,6 +74,8 @@ class Disk:
         self._let = threading.Event()
         self._let.set()
         self.connections: list[apsw.Connection] = []
+        # A commit that is held up is not to hold up the loop of the test.
+        monkeypatch.setattr(GroupCommitWriter, "_may_commit_here", lambda _: False)
         monkeypatch.setattr(apsw, "connection_hooks", [self._attach])
 
     @property

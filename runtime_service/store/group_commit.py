@@ -1,9 +1,9 @@
 """The one writer of a SQLite file: it puts everything that waits into one durable transaction.
 
-Statements run on the event loop, where they cost microseconds; what waits for the disk, the COMMIT, runs in a
-thread. So the interpreter lock changes hands once a transaction, not once a statement. What is asked for
-meanwhile shares the next transaction. Knows connections and transactions; what is written, and what is kept in
-memory to be written at a transaction's end, is the caller's.
+Statements run on the event loop, where they cost microseconds. So does the COMMIT while the disk is quick: a thread
+to wait in costs more than that. On a slow disk it runs in a thread, and what is asked for meanwhile shares the next
+transaction. Knows connections and transactions; what is written, and what is kept in memory to be written at a
+transaction's end, is the caller's.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from queue import SimpleQueue
+from time import perf_counter
 from typing import Any, Protocol, TypeVar
 
 import apsw
@@ -23,6 +24,10 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _MAX_BATCH_ROWS = 1_000
+# A commit that took longer sends the next ones to the thread: so many at first, twice as many each time in a row.
+_QUICK_SECONDS = 0.002
+_BATCHES_IN_THREAD = (16, 1_024)
+_CHECKPOINT_PAGES = 4_000
 _BUSY_MS = 1_000
 _REFUSED = "The store does not take writes at the moment; nothing was changed."
 
@@ -66,6 +71,10 @@ class GroupCommitWriter:
         self._loop = asyncio.get_running_loop()
         self._waiting: list[_Asked] = []
         self._busy = False  # a batch is being committed, or about to be written
+        self._in_thread = 0  # so many batches are committed in the thread
+        self._slow_batches = _BATCHES_IN_THREAD[0]
+        self._log_pages = 0  # of the write-ahead log
+        connection.set_wal_hook(self._on_logged)  # in place of SQLite's own checkpoints, which are part of a COMMIT
         self._closed: asyncio.Future[None] | None = None
         self._commits: SimpleQueue[list[_Asked] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="store-writer", daemon=True)
@@ -102,10 +111,36 @@ class GroupCommitWriter:
         batch = self._take_batch()
         try:
             self._write(batch)
+            quick = self._may_commit_here()
+            if quick:
+                self._commit_here()
         except Exception:  # noqa: BLE001 - told to the one who asked for the write, once it has failed alone
             # The thread finds no transaction and begins again, one by one.
             self._roll_back()
-        self._commits.put(batch)
+            quick = False
+        if quick:
+            self._tell(batch)
+            self._go_on()
+        else:
+            self._commits.put(batch)
+
+    def _may_commit_here(self) -> bool:
+        if self._in_thread:
+            self._in_thread -= 1
+        return not self._in_thread and self._log_pages < _CHECKPOINT_PAGES
+
+    def _commit_here(self) -> None:
+        began = perf_counter()
+        self._connection.execute("COMMIT")
+        if perf_counter() - began <= _QUICK_SECONDS:
+            self._slow_batches = _BATCHES_IN_THREAD[0]
+        else:
+            self._in_thread = self._slow_batches
+            self._slow_batches = min(self._slow_batches * 2, _BATCHES_IN_THREAD[1])
+
+    def _on_logged(self, _connection: apsw.Connection, _database: str, pages: int) -> int:
+        self._log_pages = pages
+        return apsw.SQLITE_OK
 
     def _write_soon(self) -> None:
         # Behind the next turn of the loop: the tasks that began in this one get to ask for what they write.
@@ -141,7 +176,12 @@ class GroupCommitWriter:
     def _work(self) -> None:
         while (batch := self._commits.get()) is not None:
             self._commit(batch)
-            self._loop.call_soon_threadsafe(self._on_committed, batch)
+            self._loop.call_soon_threadsafe(self._tell, batch)
+            if self._log_pages >= _CHECKPOINT_PAGES:
+                with suppress(apsw.Error):  # the next batch tries again
+                    self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+                self._log_pages = 0
+            self._loop.call_soon_threadsafe(self._go_on)
 
     def _commit(self, batch: list[_Asked]) -> None:
         """Commit the open transaction; where that fails, or there is none, each write in one of its own."""
@@ -173,7 +213,8 @@ class GroupCommitWriter:
             with suppress(apsw.Error):  # the file is out of reach; what is asked for next finds that out
                 self._connection.execute("ROLLBACK")
 
-    def _on_committed(self, batch: list[_Asked]) -> None:
+    @staticmethod
+    def _tell(batch: list[_Asked]) -> None:
         for asked in batch:
             if asked.future.cancelled():
                 continue
@@ -181,6 +222,8 @@ class GroupCommitWriter:
                 asked.future.set_exception(asked.result)
             else:
                 asked.future.set_result(asked.result)
+
+    def _go_on(self) -> None:
         if self._waiting:
             self._loop.call_soon(self._write_soon)
         else:
