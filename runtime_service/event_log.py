@@ -10,7 +10,7 @@ Knows the store and the domain; neither agents nor gRPC.
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import NamedTuple
 
 import msgspec
@@ -333,10 +333,13 @@ class EventLog:
             live.remove_follower(woken)
             self._forget_if_idle(run.id, live)
 
-    async def collect(self, run: Run, wait_seconds: float | None = None) -> AsyncGenerator[Update]:
-        """Yield nothing before the turn that `run` shows is over or the time is; then its events, seldom in pieces.
+    async def collect(
+        self, run: Run, send: Callable[[Update], Awaitable[None]], wait_seconds: float | None = None
+    ) -> None:
+        """Wait until the turn that `run` shows is over or the time is, then send its events, seldom in pieces.
 
         The first and the last update have the run as it was then. Raises Draining when this process stops first.
+        (Sent, not yielded: for a short run the generators on the way cost as much as the rest of it.)
         """
         live = self.hold(run.id)
         number = run.turn.number
@@ -352,11 +355,11 @@ class EventLog:
                 cursor = events[-1].sequence
                 own = tuple([event for event in events if event.turn == number])
                 last = cursor >= end
-                yield Update(view if first or last else None, own)
+                await send(Update(view if first or last else None, own))
                 first = False
                 if last:
                     return
-            yield Update(view)
+            await send(Update(view))
         finally:
             self.let_go(run.id)
 

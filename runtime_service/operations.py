@@ -1,12 +1,12 @@
 """The operations of RunService for one caller's organization, whichever door they come through.
 
-Requests are the contract's messages, answers too; what a run goes through comes as `RunNews`, which a door
+Requests are the contract's messages, answers too; what a run goes through is sent as `RunNews`, which a door
 puts into its own messages. Policy is in the executor, rules in `validation`. Knows no gRPC call.
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from protos.acp.runs.v1 import run_pb2 as pb
 from protos.acp.runs.v1 import run_service_pb2 as rpc
@@ -37,8 +37,12 @@ class RunNews(NamedTuple):
         fill_update(message, *self)
 
 
+# Takes what a run goes through; returns once the next may come.
+Send: TypeAlias = Callable[[RunNews], Awaitable[None]]
+
+
 class Operations:
-    """See run_service.proto. Every method may raise RunServiceError, the streaming ones when they are iterated."""
+    """See run_service.proto. Every method may raise RunServiceError; those of turns end when all is sent."""
 
     def __init__(
         self,
@@ -54,7 +58,7 @@ class Operations:
         self._registry = registry
         self._limits = limits
 
-    async def start_run(self, organization: str, request: rpc.StartRunRequest) -> AsyncGenerator[RunNews]:
+    async def start_run(self, organization: str, request: rpc.StartRunRequest, send: Send) -> None:
         """Accept a run; in mode sync follow its first turn."""
         server = self._server(organization, request.server)
         new = NewRun(
@@ -71,11 +75,9 @@ class Operations:
         wait_seconds = _wait_seconds(request.stream.wait_ms, "stream.wait_ms")
         with self._event_log.held(new.id):
             change = await self._executor.start_run(new, server)
-            async with aclosing(self._follow_turn(change, new.mode, request.stream, wait_seconds)) as updates:
-                async for update in updates:
-                    yield RunNews(change.run, update, server.agent.session_protocol)
+            await self._follow_turn(change, server, request.stream, wait_seconds, send)
 
-    async def continue_run(self, organization: str, request: rpc.ContinueRunRequest) -> AsyncGenerator[RunNews]:
+    async def continue_run(self, organization: str, request: rpc.ContinueRunRequest, send: Send) -> None:
         """Open a run's next turn; in mode sync follow it."""
         server = self._server(organization, request.server)
         new = NewTurn(
@@ -91,11 +93,9 @@ class Operations:
         wait_seconds = _wait_seconds(request.stream.wait_ms, "stream.wait_ms")
         with self._event_log.held(new.run_id):
             change = await self._executor.continue_run(new, server)
-            async with aclosing(self._follow_turn(change, new.mode, request.stream, wait_seconds)) as updates:
-                async for update in updates:
-                    yield RunNews(change.run, update, server.agent.session_protocol)
+            await self._follow_turn(change, server, request.stream, wait_seconds, send)
 
-    async def watch_run(self, organization: str, request: rpc.WatchRunRequest) -> AsyncGenerator[RunNews]:
+    async def watch_run(self, organization: str, request: rpc.WatchRunRequest, send: Send) -> None:
         """Replay after a sequence, then follow."""
         server = self._server(organization, request.server)
         run = await self._run(server, request.run_id)
@@ -107,9 +107,7 @@ class Operations:
             wait_seconds=_wait_seconds(request.stream.wait_ms, "stream.wait_ms"),
         )
         after = _checked_after(request.after_sequence)
-        async with aclosing(self._event_log.follow(run, after, options)) as updates:
-            async for update in updates:
-                yield RunNews(run, update, server.agent.session_protocol)
+        await self._follow(run, server, after, options, send)
 
     async def get_run(self, organization: str, request: rpc.GetRunRequest) -> rpc.GetRunResponse:
         """Return one run."""
@@ -165,19 +163,28 @@ class Operations:
         add_events(answer.events, change.run, change.events)
         return answer
 
-    def _follow_turn(
-        self, change: Change, mode: RunMode, stream: rpc.StreamOptions, wait_seconds: float | None
-    ) -> AsyncGenerator[Update]:
+    async def _follow_turn(
+        self, change: Change, server: Server, stream: rpc.StreamOptions, wait_seconds: float | None, send: Send
+    ) -> None:
         """Follow the turn that was accepted, from its user event on; in mode async tell of its acceptance only."""
         run = change.run
-        if change.replayed and mode is RunMode.ASYNC:
+        protocol = server.agent.session_protocol
+        if run.turn.mode is RunMode.ASYNC:
+            if not change.replayed:
+                # As it was accepted, queued or running, also when it has ended since.
+                await send(RunNews(run, Update(run, change.events), protocol))
+                return
             wait_seconds = 0.0  # what there is by now
-        elif mode is RunMode.ASYNC:
-            return _accepted(change)
         if stream.collect:
-            return self._event_log.collect(run, wait_seconds)
-        options = FollowOptions(run.turn.number, stream.deltas, wait_seconds)
-        return self._event_log.follow(run, run.turn.first_sequence - 1, options)
+            await self._event_log.collect(run, lambda update: send(RunNews(run, update, protocol)), wait_seconds)
+        else:
+            options = FollowOptions(run.turn.number, stream.deltas, wait_seconds)
+            await self._follow(run, server, run.turn.first_sequence - 1, options, send)
+
+    async def _follow(self, run: Run, server: Server, after: int, options: FollowOptions, send: Send) -> None:
+        async with aclosing(self._event_log.follow(run, after, options)) as updates:
+            async for update in updates:
+                await send(RunNews(run, update, server.agent.session_protocol))
 
     async def _run(self, server: Server, run_id: str) -> Run:
         return await self._store.get_run(server.organization, server.id, run_id)
@@ -192,11 +199,6 @@ class Operations:
 
     def _server(self, organization: str, reference: rpc.ServerReference) -> Server:
         return self._registry.resolve(organization, reference.id, connected=reference.connected)
-
-
-async def _accepted(change: Change) -> AsyncGenerator[Update]:
-    # As it was accepted, queued or running, also when it has ended since.
-    yield Update(change.run, change.events)
 
 
 def _page_size(asked: int, default: int, most: int) -> int:

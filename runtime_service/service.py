@@ -1,7 +1,5 @@
 """RunService as gRPC calls: the caller's organization out of the call, the answer into it."""
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any, TypeAlias
 
 import grpc
@@ -9,7 +7,7 @@ import grpc
 from protos.acp.runs.v1 import run_service_pb2 as rpc
 from protos.acp.runs.v1 import run_service_pb2_grpc
 from runtime_service.errors import InvalidRequest
-from runtime_service.operations import Operations, RunNews
+from runtime_service.operations import Operations, RunNews, Send
 from runtime_service.session import Sessions
 
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -27,17 +25,17 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
 
     async def StartRun(self, request: rpc.StartRunRequest, context: _Context) -> None:  # type: ignore[override]
         """Accept a run; in mode sync follow its first turn."""
-        await _send(context, rpc.StartRunResponse, self._operations.start_run(_organization(context), request))
+        await self._operations.start_run(_organization(context), request, _sender(context, rpc.StartRunResponse))
 
     async def ContinueRun(  # type: ignore[override]
         self, request: rpc.ContinueRunRequest, context: _Context
     ) -> None:
         """Open a run's next turn; in mode sync follow it."""
-        await _send(context, rpc.ContinueRunResponse, self._operations.continue_run(_organization(context), request))
+        await self._operations.continue_run(_organization(context), request, _sender(context, rpc.ContinueRunResponse))
 
     async def WatchRun(self, request: rpc.WatchRunRequest, context: _Context) -> None:  # type: ignore[override]
         """Replay after a sequence, then follow."""
-        await _send(context, rpc.WatchRunResponse, self._operations.watch_run(_organization(context), request))
+        await self._operations.watch_run(_organization(context), request, _sender(context, rpc.WatchRunResponse))
 
     async def GetRun(self, request: rpc.GetRunRequest, context: _Context) -> rpc.GetRunResponse:
         """Return one run."""
@@ -60,13 +58,15 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
         await self._sessions.serve(context)
 
 
-async def _send(context: _Context, response_type: _Updates, news: AsyncGenerator[RunNews]) -> None:
-    """Write what a run goes through, each update in a response of its own."""
-    async with aclosing(news):
-        async for item in news:
-            response = response_type()
-            item.fill(response.update)
-            await context.write(response)
+def _sender(context: _Context, response_type: _Updates) -> Send:
+    """Return what writes each update in a response of its own."""
+
+    async def send(news: RunNews) -> None:
+        response = response_type()
+        news.fill(response.update)
+        await context.write(response)
+
+    return send
 
 
 def _organization(context: _Context) -> str:

@@ -8,7 +8,6 @@ who reads slowly: its calls wait for `acknowledge`, as cursors into the log.
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from contextlib import aclosing
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -26,7 +25,8 @@ _MESSAGE_BYTES = 1 << 18
 _EVENT_BYTES = 100  # of an event beside its content, about
 _ENDING_SECONDS = 0.8  # less than a stopping server gives to the calls that are under way
 _FOLLOWS = ("start_run", "continue_run", "watch_run")
-_Fill: TypeAlias = Callable[[rpc.SessionUpdate], None]
+# News, or what fills a message with an answer or an error.
+_Said: TypeAlias = RunNews | Callable[[rpc.SessionUpdate], None]
 
 
 class SessionLimits(msgspec.Struct, frozen=True):
@@ -37,16 +37,16 @@ class SessionLimits(msgspec.Struct, frozen=True):
 
 
 class _Call:
-    """A call; what it has to say is made into a message by `fill` when it is sent."""
+    """A call; what it has `said` is made into a message when it is sent."""
 
-    __slots__ = ("fill", "last", "number", "room", "size", "stopped", "task", "unacknowledged", "waits")
+    __slots__ = ("last", "number", "room", "said", "size", "stopped", "task", "unacknowledged", "waits")
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.task: asyncio.Task[None] | None = None
         self.waits = False  # in the outbox
-        self.fill: _Fill | None = None
-        self.size = 0  # of what `fill` makes, in bytes, about
+        self.said: _Said | None = None
+        self.size = 0  # of its message in bytes, about
         self.last = False
         self.unacknowledged = 0
         self.room: asyncio.Future[None] | None = None  # set where the call may go on
@@ -162,11 +162,7 @@ class _Session:
         """Send what a run goes through, as fast as the caller takes it in."""
         try:
             follow = getattr(self._operations, operation)
-            async with aclosing(follow(_organization(command), getattr(command, operation))) as news:
-                async for item in news:
-                    await self._room(call)
-                    call.unacknowledged += 1
-                    self._put(call, partial(_fill_news, item), _size(item))
+            await follow(_organization(command), getattr(command, operation), partial(self._send, call))
             call.last = True
             if not call.waits:
                 self._put(call, None, 0)
@@ -175,12 +171,14 @@ class _Session:
                 await _pause(call)
             self._fail(call, error, command)
 
-    async def _room(self, call: _Call) -> None:
-        """Wait until the call may send another update."""
+    async def _send(self, call: _Call, news: RunNews) -> None:
+        """Send an update once the call may."""
         while call.waits or call.unacknowledged >= self._limits.window_updates:
             if self._ending and not call.waits:
                 raise Draining
             await _pause(call)
+        call.unacknowledged += 1
+        self._put(call, news, _size(news))
 
     async def _answer(self, call: _Call, command: rpc.SessionCommand, operation: str) -> None:
         """Send the one answer of an operation."""
@@ -199,8 +197,8 @@ class _Session:
 
     # The outbox
 
-    def _put(self, call: _Call, fill: _Fill | None, size: int) -> None:
-        call.fill, call.size = fill, size
+    def _put(self, call: _Call, said: _Said | None, size: int) -> None:
+        call.said, call.size = said, size
         call.waits = True
         self._outbox.append(call)
         self._wake_writer()
@@ -232,9 +230,11 @@ class _Session:
             if call.last:
                 update.last = True
                 self._forget(call)
-            if call.fill is not None:
-                call.fill(update)
-                call.fill = None
+            if isinstance(call.said, RunNews):
+                call.said.fill(update.run_update)
+            elif call.said is not None:
+                call.said(update)
+            call.said = None
             size += call.size
             _go_on(call)
         return response
@@ -254,10 +254,6 @@ def _organization(command: rpc.SessionCommand) -> str:
     if not command.organization:
         raise InvalidRequest("organization", "must be set")
     return command.organization
-
-
-def _fill_news(news: RunNews, update: rpc.SessionUpdate) -> None:
-    news.fill(update.run_update)
 
 
 def _size(news: RunNews) -> int:

@@ -94,8 +94,13 @@ async def follow(log: EventLog, run: Run, after: int = 0, options: FollowOptions
 
 async def collected(log: EventLog, run: Run, wait_seconds: float | None = None) -> list[Update]:
     """All that `collect` gives."""
-    async with aclosing(log.collect(run, wait_seconds)) as updates:
-        return [update async for update in updates]
+    updates: list[Update] = []
+
+    async def send(update: Update) -> None:
+        updates.append(update)
+
+    await log.collect(run, send, wait_seconds)
+    return updates
 
 
 def views_of(log: EventLog, run: Run) -> dict[int, Run]:
@@ -372,20 +377,24 @@ def test_collect_says_nothing_before_the_end_and_then_the_turn_only(tmp_path: Pa
             await tale.finish("one")
             second = await tale.resume("second")
             await tale.claim()
-            async with aclosing(tale.log.collect(second)) as updates:
-                first = asyncio.ensure_future(anext(updates))
-                await tale.say("a")
-                await tale.resume("third")
-                await tale.say("b")
-                for _ in range(20):
-                    await asyncio.sleep(0)
-                assert not first.done()
-                await tale.finish("c")
-                update = await first
-                assert contents(update.events) == ["second", "a", "b", "c"]
-                assert update.run is not None
-                assert (update.run.turn.number, update.run.status) == (2, RunStatus.COMPLETED)
-                assert [rest async for rest in updates] == []
+            updates: list[Update] = []
+
+            async def send(update: Update) -> None:
+                updates.append(update)
+
+            collecting = asyncio.ensure_future(tale.log.collect(second, send))
+            await tale.say("a")
+            await tale.resume("third")
+            await tale.say("b")
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert updates == []
+            await tale.finish("c")
+            await collecting
+            [update] = updates
+            assert contents(update.events) == ["second", "a", "b", "c"]
+            assert update.run is not None
+            assert (update.run.turn.number, update.run.status) == (2, RunStatus.COMPLETED)
             assert (await log_of(tale.store, run.id))[4].content == "third"
 
     run_async(main())
