@@ -69,7 +69,8 @@ def report(sections: Sequence[Section], arguments: str) -> str:
     targets = [target for section in sections for target in section.targets]
     rows = [(each.what, each.wanted, each.measured, "yes" if each.met else "**no**") for each in targets]
     parts = ["# Benchmark results", f"`python -m benchmarks {arguments}`".replace(" `", "`"), _machine()]
-    parts += ["## Targets", table(("what", "target", "measured", "met"), rows)]
+    if rows:
+        parts += ["## Targets", table(("what", "target", "measured", "met"), rows)]
     for section in sections:
         parts += [f"## {section.title}", section.text]
     return "\n\n".join(parts) + "\n"
