@@ -55,7 +55,7 @@ class FollowOptions(msgspec.Struct, frozen=True):
 class Draft:
     """The text of an event that is not complete yet, in the pieces in which it came.
 
-    `sequence` is the one that the event will have, as far as is known; `size` counts code points.
+    `sequence` is the one that the event will have, as far as is known; `size` counts its bytes in UTF-8.
     """
 
     __slots__ = ("parts", "sequence", "size")

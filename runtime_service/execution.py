@@ -1,8 +1,6 @@
-"""One turn being executed: what its agent says becomes events, and its end an outcome.
+"""One turn being executed: what its agent says is stored, and its end becomes an outcome.
 
-Everything that the agent has said and the store has not yet is `pending`; whatever becomes ready while a commit
-is under way goes into the next one. Nobody sees what an agent says before it awaits something, so pieces of a
-message are looked at then: a message that is complete by that time was never a draft.
+Whatever the agent says while a commit is under way goes into the next one; its draft is kept every second.
 
 Knows agents, the store and the event log; not who started it.
 """
@@ -10,45 +8,22 @@ Knows agents, the store and the event log; not who started it.
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping
-from enum import StrEnum
-from typing import Any, TypeVar, assert_never
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
 
 import msgspec
 
-from runtime_service.agents import (
-    AgentError,
-    AgentOutput,
-    AgentSays,
-    Delta,
-    HistoryMessage,
-    Log,
-    Message,
-    ToolCall,
-    ToolResult,
-    TurnContext,
-)
+from runtime_service.agent_events import storable
+from runtime_service.agents import AgentError, AgentOutput, AgentSays, Delta, HistoryMessage, Message, TurnContext
 from runtime_service.errors import StoreUnavailable
-from runtime_service.event_log import Draft, LiveRun
+from runtime_service.event_log import LiveRun
 from runtime_service.registry import Server
-from runtime_service.runs import EventDraft, EventRole, LogLevel, Run, RunStatus, now_ms
-from runtime_service.store.base import (
-    Change,
-    Outcome,
-    RunStore,
-    TurnKey,
-    TurnLost,
-    incomplete_event,
-    log_event,
-)
+from runtime_service.runs import EventDraft, LogLevel, Run, RunStatus
+from runtime_service.speech import Speech
+from runtime_service.store.base import Change, Outcome, RunStore, TurnKey, TurnLost, log_event
 
 log = logging.getLogger(__name__)
 
-_Word = TypeVar("_Word", bound=StrEnum)
-
-_ASSISTANT = EventRole.ASSISTANT  # named once: in Python 3.11 the name of an enumeration's member is a call
-
-MAX_EVENT_BYTES = 1 << 20
 _MAX_ERROR_CHARACTERS = 10_000
 _MAX_UNSTORED_OUTPUTS = 500
 _MAX_PENDING_BYTES = 1 << 20
@@ -73,15 +48,9 @@ class Execution:
         self._key = TurnKey(run.id, run.turn.number, run.turn.epoch)
         self._server = server
         self._store = store
-        self._live = live
         self._publish = publish
         self._loop = asyncio.get_running_loop()
-        self._last_sequence = run.last_sequence
-        self._pending: list[EventDraft] = []
-        self._pending_bytes = 0
-        self._in_flight = 0
-        self._said: list[Delta] = []  # pieces that nobody could see yet; always the same list
-        self._refused: Exception | None = None  # why the agent is not to say more
+        self._speech = Speech(live, run.last_sequence)
         self._step_planned = False
         self._held = 0
         self._unheld: asyncio.Future[None] | None = None
@@ -89,11 +58,8 @@ class Execution:
         self._expired = False
         self._settling = False
         self._flushing: asyncio.Task[None] | None = None
-        self._draft: Draft | None = None
-        self._draft_saved = 0
         self._draft_timer: asyncio.TimerHandle | None = None
         self._draft_saving: asyncio.Task[None] | None = None
-        self._output: str | None = None
         self._lost = False
 
     # What the executor calls
@@ -112,14 +78,13 @@ class Execution:
 
     def log_grew(self, last_sequence: int) -> None:
         """Learn the newest sequence of the run's log."""
-        self._last_sequence = max(self._last_sequence, last_sequence)
-        if self._draft is not None:
-            self._place_draft(self._draft)
+        self._speech.log_grew(last_sequence)
 
     def hold(self) -> tuple[list[EventDraft], str | None]:
         """Begin no write until `resume` or `take_rest`; return what is not stored yet, and the output so far."""
         self._held += 1
-        return self._rest()
+        self._read_pieces()
+        return self._speech.rest()
 
     def resume(self) -> None:
         """Undo `hold`: what was to follow it did not happen."""
@@ -134,7 +99,7 @@ class Execution:
     def _stop_listening(self) -> tuple[list[EventDraft], str | None]:
         self._lost = True
         self._wake_held()
-        return self._take_all()
+        return self._speech.take_all()
 
     async def release(self) -> None:
         """Put the turn back into the queue, or fail it where it may not be repeated; its task has ended.
@@ -211,8 +176,8 @@ class Execution:
         try:
             await self._listen(server.agent.run(context))
         except AgentError as error:
-            message = _storable(str(error.message))[:_MAX_ERROR_CHARACTERS]
-            return Outcome(RunStatus.FAILED, error=message, error_code=_storable(str(error.code)))
+            message = storable(str(error.message))[:_MAX_ERROR_CHARACTERS]
+            return Outcome(RunStatus.FAILED, error=message, error_code=storable(str(error.code)))
         except TurnLost:
             raise
         except asyncio.CancelledError as error:
@@ -231,7 +196,8 @@ class Execution:
 
     async def _listen(self, agent: AsyncGenerator[AgentSays]) -> None:
         """Take what the agent says, to its end."""
-        said = self._said
+        speech = self._speech
+        pieces = speech.pieces
         left = _MAX_UNSTORED_OUTPUTS
         try:
             async for outputs in agent:
@@ -239,11 +205,11 @@ class Execution:
                     outputs = (outputs,)
                 for output in outputs:
                     # Behind another piece of this step, a piece needs no look: all are read at the step's end.
-                    if said and output.__class__ is Delta:
-                        said.append(output)
+                    if pieces and output.__class__ is Delta:
+                        pieces.append(output)
                     else:
                         self._add(output)
-                        if self._pending_bytes >= _MAX_PENDING_BYTES:
+                        if speech.pending_bytes >= _MAX_PENDING_BYTES:
                             left = 1
                     left -= 1
                     if not left:
@@ -252,12 +218,12 @@ class Execution:
                         await self._drain()
         finally:
             await agent.aclose()
-        self._read_said()
-        if self._refused is not None:
-            raise self._refused
-        if self._draft is not None:
+        self._read_pieces()
+        if speech.refused is not None:
+            raise speech.refused
+        if speech.draft is not None:
             # An agent that only streams: the end of the turn is the end of its message.
-            self._add(Message(self._draft.text))
+            self._add(Message(speech.draft.text))
 
     async def _read_history(self) -> list[HistoryMessage]:
         number = self.run.turn.number
@@ -269,92 +235,47 @@ class Execution:
     def _add(self, output: AgentOutput) -> None:
         if self._lost:
             raise TurnLost
-        if self._refused is not None:
-            raise self._refused
         if not self._step_planned:
             # Not at once: what the agent says without awaiting shares a commit, its end included.
             self._step_planned = True
             self._loop.call_soon(self._end_step)
-        if isinstance(output, Delta):
-            self._said.append(output)
-            return
-        event = _event_from(output)
-        size = len(event.content) + len(event.metadata or b"")
-        if size > MAX_EVENT_BYTES // 4 and _utf8_bytes(event) > MAX_EVENT_BYTES:
-            raise _too_large()
-        self._pending.append(event)
-        self._pending_bytes += size
-        if isinstance(output, Message):
-            self._drop_draft()
-            if event.role is _ASSISTANT:
-                self._output = event.content
-        elif self._draft is not None:
-            self._place_draft(self._draft)
+        self._speech.add(output)
 
     def _end_step(self) -> None:
         """See to what the agent has said until it awaited something."""
         self._step_planned = False
-        self._read_said()
+        self._read_pieces()
         self._begin_flush()
 
-    def _read_said(self) -> None:
-        """Make the pieces that came since the last time part of the draft."""
-        if not self._said:
-            return
-        try:
-            text = _storable("".join([delta.text for delta in self._said if delta.text]))
-        except Exception as error:  # noqa: BLE001 - whatever an agent says is data
-            self._refused, text = error, ""
-        self._said.clear()
-        if text:
-            draft = self._begin_draft() if self._draft is None else self._draft
-            draft.size += len(text) if text.isascii() else len(text.encode())
-            if draft.size > MAX_EVENT_BYTES:
-                self._refused = _too_large()
-            else:
-                draft.parts.append(text)
-                self._live.show_draft(draft)
+    def _read_pieces(self) -> None:
+        speech = self._speech
+        if speech.pieces:
+            speech.read_pieces()
+            if speech.draft is not None and self._draft_timer is None:
+                self._draft_timer = self._loop.call_later(_DRAFT_SECONDS, self._save_draft)
 
-    # The draft
-
-    def _begin_draft(self) -> Draft:
-        draft = self._draft = Draft()
-        self._draft_saved = 0
-        self._place_draft(draft)
-        if self._draft_timer is None:
-            self._draft_timer = self._loop.call_later(_DRAFT_SECONDS, self._save_draft)
-        return draft
-
-    def _drop_draft(self) -> None:
-        self._said.clear()
-        if self._draft is not None:
-            self._draft = None
-            self._live.show_draft(None)
-
-    def _place_draft(self, draft: Draft) -> None:
-        draft.sequence = self._last_sequence + self._in_flight + len(self._pending) + 1
+    # The store
 
     def _save_draft(self) -> None:
-        draft = self._draft
+        speech = self._speech
+        draft = speech.draft
         # A message that is stored takes the place of the draft: those that came before this one go first.
-        busy = bool(self._pending or self._in_flight)
+        busy = bool(speech.pending or speech.in_flight)
         again_seconds = _DRAFT_SECONDS / 10 if busy and draft is not None else _DRAFT_SECONDS
         self._draft_timer = self._loop.call_later(again_seconds, self._save_draft)
         idle = not busy and (self._draft_saving is None or self._draft_saving.done())
-        if draft is not None and len(draft.parts) > self._draft_saved and idle:
-            self._draft_saved = len(draft.parts)
+        if draft is not None and len(draft.parts) > speech.saved_parts and idle:
+            speech.saved_parts = len(draft.parts)
             self._draft_saving = self._loop.create_task(self._write_draft(draft.text))
 
     async def _write_draft(self, text: str) -> None:
         try:
             await self._store.save_draft(self._key, text)
         except StoreUnavailable:
-            self._draft_saved = 0
-
-    # The store
+            self._speech.saved_parts = 0
 
     def _begin_flush(self) -> None:
-        if self._pending and self._flushing is None and self._may_flush():
+        if self._speech.pending and self._flushing is None and self._may_flush():
             self._flushing = asyncio.create_task(self._flush())
 
     def _may_flush(self) -> bool:
@@ -362,18 +283,17 @@ class Execution:
 
     async def _flush(self) -> None:
         """Store what is pending until nothing is; one commit is under way at a time."""
+        speech = self._speech
         try:
-            while self._pending and self._may_flush():
-                events = self._take_pending()
-                self._in_flight = len(events)
+            while speech.pending and self._may_flush():
+                events = speech.send_pending()
                 try:
                     change = await self._store.append_events(self._key, events)
                 except StoreUnavailable:
-                    self._pending[:0] = events
-                    self._in_flight = 0
+                    speech.not_stored(events)
                     await asyncio.sleep(_STORE_RETRY_SECONDS)
                     continue
-                self._in_flight = 0
+                speech.stored()
                 self._publish(change)
         except TurnLost:
             self._lost = True
@@ -382,7 +302,7 @@ class Execution:
 
     async def _drain(self) -> None:
         """Wait until what was pending is stored; let others run."""
-        self._read_said()
+        self._read_pieces()
         await self._until_unheld()
         self._begin_flush()
         if self._flushing is None:
@@ -408,9 +328,9 @@ class Execution:
     async def _settle(self, outcome: Outcome) -> None:
         # A commit that is under way must end first; what is pending then goes with the outcome.
         self._settling = True
-        if self._flushing is not None and self._in_flight:
+        if self._flushing is not None and self._speech.in_flight:
             await asyncio.wait([self._flushing])
-        events, last = self._take_all()
+        events, last = self._speech.take_all()
         if outcome.error is not None:
             events.append(log_event("error", LogLevel.ERROR, outcome.error))
         outcome = msgspec.structs.replace(outcome, output=last)
@@ -422,82 +342,3 @@ class Execution:
             except StoreUnavailable:
                 await asyncio.sleep(_STORE_RETRY_SECONDS)
         self._publish(change)
-
-    def _rest(self) -> tuple[list[EventDraft], str | None]:
-        """Return what the agent has said and the store has not, a half message included, and the turn's output."""
-        self._read_said()
-        if self._draft is None:
-            return list(self._pending), self._output
-        text = self._draft.text
-        return [*self._pending, incomplete_event(text)], text
-
-    def _take_all(self) -> tuple[list[EventDraft], str | None]:
-        """Return what `_rest` does, and keep nothing of it."""
-        events, output = self._rest()
-        self._take_pending()
-        self._drop_draft()
-        return events, output
-
-    def _take_pending(self) -> list[EventDraft]:
-        events, self._pending = self._pending, []
-        self._pending_bytes = 0
-        return events
-
-
-def _too_large() -> AgentError:
-    return AgentError(
-        f"The agent made an event of more than {MAX_EVENT_BYTES} bytes; say it in pieces.", "EVENT_TOO_LARGE"
-    )
-
-
-def _known(kind: type[_Word], word: str) -> _Word:
-    """Return the enumeration's member; an agent may give it as text."""
-    if isinstance(word, kind):
-        return word
-    try:
-        return kind(word)
-    except ValueError:
-        words = ", ".join(member.value for member in kind)
-        raise AgentError(f"The agent gave {word!r} where one of {words} belongs.", "AGENT_OUTPUT_INVALID") from None
-
-
-def _event_from(output: Message | Log | ToolCall | ToolResult) -> EventDraft:
-    at = now_ms()
-    if isinstance(output, Message):
-        return EventDraft(
-            _known(EventRole, output.role), _storable(output.content), at, None, None, _json(output.metadata)
-        )
-    match output:
-        case Log(content, level, log_type, metadata):
-            log_type = None if log_type is None else _storable(log_type)
-            level = _known(LogLevel, level)
-            return EventDraft(EventRole.EXECUTION_LOG, _storable(content), at, log_type, level, _json(metadata))
-        case ToolCall(name, arguments, call_id):
-            name = _storable(name)
-            metadata = {"name": name, "arguments": arguments} | ({"id": call_id} if call_id else {})
-            return EventDraft(EventRole.EXECUTION_LOG, name, at, "tool_call", LogLevel.INFO, _json(metadata))
-        case ToolResult(name, content, call_id, failed):
-            metadata = {"name": _storable(name)} | ({"id": call_id} if call_id else {})
-            level = LogLevel.ERROR if failed else LogLevel.SUCCESS
-            return EventDraft(EventRole.EXECUTION_LOG, _storable(content), at, "tool_result", level, _json(metadata))
-    assert_never(output)
-
-
-def _storable(text: str) -> str:
-    """Return the text with what UTF-8 or a database cannot hold (lone surrogates, NUL) as U+FFFD."""
-    if text.isascii():
-        return text.replace("\0", "\ufffd") if "\0" in text else text
-    return text.replace("\0", "\ufffd").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _json(metadata: Mapping[str, Any] | None) -> bytes | None:
-    if metadata is None:
-        return None
-    try:
-        return msgspec.json.encode(dict(metadata))
-    except (TypeError, ValueError, RecursionError, OverflowError) as error:
-        raise AgentError(f"The agent made an event whose metadata is no JSON object: {error}.") from error
-
-
-def _utf8_bytes(event: EventDraft) -> int:
-    return len(event.content.encode()) + len(event.metadata or b"")

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import threading
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -64,18 +65,22 @@ class Disk:
     """Stands between the store's writing connection and its file; made before the store is opened.
 
     `commits` counts; the next `refuse` commits fail, as they do on a disk that is full. `holding` says that a
-    commit is being held up.
+    commit is being held up. Every commit is made in the writer's thread, unless `choose` leaves that to the writer.
+    `threads` has the thread of each, also of one that failed; each takes `seconds` longer than it does anyway.
     """
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, choose: bool = False) -> None:
         self.commits = 0
         self.refuse = 0
+        self.seconds = 0.0
+        self.threads: list[int] = []
         self.holding = False
         self._let = threading.Event()
         self._let.set()
         self.connections: list[apsw.Connection] = []
-        # A commit that is held up is not to hold up the loop of the test.
-        monkeypatch.setattr(GroupCommitWriter, "_may_commit_here", lambda _: False)
+        if not choose:
+            # A commit that is held up is not to hold up the loop of the test.
+            monkeypatch.setattr(GroupCommitWriter, "_may_commit_here", lambda _: False)
         monkeypatch.setattr(apsw, "connection_hooks", [self._attach])
 
     @property
@@ -97,6 +102,8 @@ class Disk:
         connection.set_commit_hook(self._on_commit)
 
     def _on_commit(self) -> bool:
+        self.threads.append(threading.get_ident())
+        time.sleep(self.seconds)
         self.holding = not self._let.is_set()
         self._let.wait(LIMIT_SECONDS)
         self.holding = False

@@ -144,6 +144,7 @@ class Agent(ABC):
     def run(self, turn: TurnContext) -> AsyncGenerator[AgentSays]:
         """Execute one turn: an async generator of what the agent says, ended by returning.
 
+        It yields outputs, or tuples of those that it has at once.
         Cancelled by `CancelledError`, raised where it awaits; it has a few seconds to clean up.
         Raises AgentError for a failure that the caller can act on.
         """

@@ -1,9 +1,9 @@
 """The one writer of a SQLite file: it puts everything that waits into one durable transaction.
 
 Statements run on the event loop, where they cost microseconds. So does the COMMIT while the disk is quick: a thread
-to wait in costs more than that. On a slow disk it runs in a thread, and what is asked for meanwhile shares the next
-transaction. Knows connections and transactions; what is written, and what is kept in memory to be written at a
-transaction's end, is the caller's.
+to wait in costs more than that. On a slow disk it runs in a thread, as do a write's second try and the checkpoints;
+what is asked for meanwhile shares the next transaction. Knows connections and transactions; what is written, and
+what is kept in memory to be written at a transaction's end, is the caller's.
 """
 
 import asyncio
@@ -27,7 +27,11 @@ _MAX_BATCH_ROWS = 1_000
 # A commit that took longer sends the next ones to the thread: so many at first, twice as many each time in a row.
 _QUICK_SECONDS = 0.002
 _BATCHES_IN_THREAD = (16, 1_024)
+# The write-ahead log is moved into the file when it has so many pages. Who reads from it then is waited for a while:
+# only without readers can it begin anew. Where one stays, the next try is so many pages later.
 _CHECKPOINT_PAGES = 4_000
+_READER_MS = 100
+_LOG_FILE_BYTES = 64 << 20  # what such a reader made it grow by is given back past this
 _BUSY_MS = 1_000
 _REFUSED = "The store does not take writes at the moment; nothing was changed."
 
@@ -56,7 +60,7 @@ class _Asked:
 
 
 class GroupCommitWriter:
-    """Owns the writing connection, and when `rows` are written out.
+    """Has the writing connection for itself until `close`, and says when `rows` are written out.
 
     A write may raise an exception of its own before it has changed anything: the others of its transaction are
     committed all the same. A failure of the database, or an exception after a change, rolls the transaction back
@@ -71,10 +75,13 @@ class GroupCommitWriter:
         self._loop = asyncio.get_running_loop()
         self._waiting: list[_Asked] = []
         self._busy = False  # a batch is being committed, or about to be written
-        self._in_thread = 0  # so many batches are committed in the thread
+        self._in_thread = 0  # so many batches are still to be committed in the thread
         self._slow_batches = _BATCHES_IN_THREAD[0]
-        self._log_pages = 0  # of the write-ahead log
+        # Of the write-ahead log; whose turn it is to use the connection reads and sets them.
+        self._log_pages = 0
+        self._checkpoint_at = _CHECKPOINT_PAGES
         connection.set_wal_hook(self._on_logged)  # in place of SQLite's own checkpoints, which are part of a COMMIT
+        connection.execute(f"PRAGMA journal_size_limit = {_LOG_FILE_BYTES}")
         self._closed: asyncio.Future[None] | None = None
         self._commits: SimpleQueue[list[_Asked] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="store-writer", daemon=True)
@@ -97,15 +104,14 @@ class GroupCommitWriter:
         return future
 
     async def close(self) -> None:
-        """Commit what waits, then close the connection."""
+        """Commit what waits; the connection is not used any more then."""
         if self._closed is None:
             self._closed = self._loop.create_future()
             if not self._busy:
                 self._closed.set_result(None)
-            await self._closed
-            self._commits.put(None)
-            await self._loop.run_in_executor(None, self._thread.join)
-            self._connection.close()
+        await asyncio.wait([self._closed])
+        self._commits.put(None)
+        await self._loop.run_in_executor(None, self._thread.join)
 
     def _write_batch(self) -> None:
         batch = self._take_batch()
@@ -127,16 +133,22 @@ class GroupCommitWriter:
     def _may_commit_here(self) -> bool:
         if self._in_thread:
             self._in_thread -= 1
-        return not self._in_thread and self._log_pages < _CHECKPOINT_PAGES
+            return False
+        return self._log_pages < self._checkpoint_at
 
     def _commit_here(self) -> None:
+        quick = False
         began = perf_counter()
-        self._connection.execute("COMMIT")
-        if perf_counter() - began <= _QUICK_SECONDS:
-            self._slow_batches = _BATCHES_IN_THREAD[0]
-        else:
-            self._in_thread = self._slow_batches
-            self._slow_batches = min(self._slow_batches * 2, _BATCHES_IN_THREAD[1])
+        try:
+            self._connection.execute("COMMIT")
+            quick = perf_counter() - began <= _QUICK_SECONDS
+        finally:
+            # A disk that refuses is not one to wait for here either.
+            if quick:
+                self._slow_batches = _BATCHES_IN_THREAD[0]
+            else:
+                self._in_thread = self._slow_batches
+                self._slow_batches = min(self._slow_batches * 2, _BATCHES_IN_THREAD[1])
 
     def _on_logged(self, _connection: apsw.Connection, _database: str, pages: int) -> int:
         self._log_pages = pages
@@ -177,11 +189,20 @@ class GroupCommitWriter:
         while (batch := self._commits.get()) is not None:
             self._commit(batch)
             self._loop.call_soon_threadsafe(self._tell, batch)
-            if self._log_pages >= _CHECKPOINT_PAGES:
-                with suppress(apsw.Error):  # the next batch tries again
-                    self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
-                self._log_pages = 0
+            if self._log_pages >= self._checkpoint_at:
+                self._checkpoint()
             self._loop.call_soon_threadsafe(self._go_on)
+
+    def _checkpoint(self) -> None:
+        """Move the log into the file, so that the next commit begins it anew."""
+        self._connection.set_busy_timeout(_READER_MS)
+        try:
+            self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_RESTART)
+            self._log_pages = 0
+        except apsw.Error as error:
+            log.warning("the write-ahead log has %s pages and grows: %s", self._log_pages, error)
+        self._connection.set_busy_timeout(0)
+        self._checkpoint_at = self._log_pages + _CHECKPOINT_PAGES
 
     def _commit(self, batch: list[_Asked]) -> None:
         """Commit the open transaction; where that fails, or there is none, each write in one of its own."""
@@ -202,9 +223,7 @@ class GroupCommitWriter:
                 log.error("the store refused a write: %s", error)
                 asked.result = error
                 if isinstance(error, apsw.Error):
-                    asked.result = StoreUnavailable(
-                        "The store does not take writes at the moment; nothing was changed."
-                    )
+                    asked.result = StoreUnavailable(_REFUSED)
         connection.set_busy_timeout(0)
 
     def _roll_back(self) -> None:

@@ -1,7 +1,7 @@
 """The embedded store: one SQLite file, one process. See `base` for what it promises.
 
-`synchronous=FULL` over a write-ahead log: a commit is on the disk before it is reported. Writes go through
-one thread that shares commits among them; reads have connections of their own.
+`synchronous=FULL` over a write-ahead log: a commit is on the disk before it is reported. Writes go through one
+writer that shares commits among them; reads have threads and connections of their own.
 """
 
 import asyncio
@@ -69,12 +69,16 @@ class SQLiteStore:
 
     async def close(self) -> None:
         """Finish the writes that were asked for, then close."""
+        loop = asyncio.get_running_loop()
         await self._writer.close()
-        await asyncio.get_running_loop().run_in_executor(None, self._readers.shutdown)
+        await loop.run_in_executor(None, self._readers.shutdown)
         for connection in self._read_connections:
             connection.close()
-        with suppress(OSError):
-            os.close(self._lock_file)
+        # The last one to close, and the only one that may write: it leaves all in one file, and no log beside it.
+        await loop.run_in_executor(None, self._connection.close)
+        lock_file, self._lock_file = self._lock_file, -1
+        with suppress(OSError):  # closed before
+            os.close(lock_file)
 
     # Writes
 

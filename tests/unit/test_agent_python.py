@@ -15,6 +15,7 @@ import pytest
 from runtime_service.agents import (
     AgentError,
     AgentOutput,
+    AgentSays,
     Delta,
     HistoryMessage,
     Log,
@@ -50,10 +51,10 @@ def turn_of(text: str = "hello", history: list[HistoryMessage] | None = None) ->
     return TurnContext(input=text, metadata={"k": 1}, run_id="run_1", read_history=read_history)
 
 
-def outputs_of(agent: PythonAgent, turn: TurnContext | None = None) -> list[AgentOutput]:
+def outputs_of(agent: PythonAgent, turn: TurnContext | None = None) -> list[AgentSays]:
     """Everything that the agent says in one turn."""
 
-    async def collect() -> list[AgentOutput]:
+    async def collect() -> list[AgentSays]:
         async with asyncio.timeout(LIMIT_SECONDS):
             return [output async for output in agent.run(turn or turn_of())]
 
@@ -101,6 +102,24 @@ def test_python_agent_calls_every_kind_of_function(
 
 
 @pytest.mark.parametrize("blocking", [False, True])
+def test_python_agent_says_at_once_what_it_has_at_once(
+    make_agent: Callable[[object], PythonAgent], blocking: bool
+) -> None:
+    """A tuple of outputs stays one; strings in it are messages, too."""
+
+    def yielding(turn: TurnContext) -> Iterator[object]:
+        yield Delta("h"), Delta("ello"), turn.input
+        yield ()
+
+    async def async_yielding(turn: TurnContext) -> AsyncGenerator[object]:
+        for output in yielding(turn):
+            yield output
+
+    said = outputs_of(make_agent(yielding if blocking else async_yielding))
+    assert said == [(Delta("h"), Delta("ello"), Message("hello")), ()]
+
+
+@pytest.mark.parametrize("blocking", [False, True])
 def test_python_agent_says_nothing_for_none(make_agent: Callable[[object], PythonAgent], blocking: bool) -> None:
     """A function that returns None has said nothing."""
 
@@ -120,12 +139,12 @@ def test_python_agent_reads_history_in_both_worlds(make_agent: Callable[[object]
     def blocking(turn: BlockingTurnContext) -> str:
         return f"{turn.blocking_history()[0].content} {turn.metadata} {turn.run_id}"
 
-    expected: list[AgentOutput] = [Message("before {'k': 1} run_1")]
+    expected: list[AgentSays] = [Message("before {'k': 1} run_1")]
     assert outputs_of(make_agent(waiting), turn_of(history=history)) == expected
     assert outputs_of(make_agent(blocking), turn_of(history=history)) == expected
 
 
-@pytest.mark.parametrize("said", [42, None, b"bytes", ["list"]])
+@pytest.mark.parametrize("said", [42, None, b"bytes", ["list"], ("fine", ["list"])])
 @pytest.mark.parametrize("blocking", [False, True])
 def test_python_agent_refuses_other_outputs(
     make_agent: Callable[[object], PythonAgent], said: object, blocking: bool
@@ -138,7 +157,8 @@ def test_python_agent_refuses_other_outputs(
     async def async_yielding(turn: TurnContext) -> AsyncGenerator[object]:
         yield said
 
-    with pytest.raises(AgentError, match=f"said a {type(said).__name__}; may say strings") as caught:
+    wrong = said[-1] if isinstance(said, tuple) else said
+    with pytest.raises(AgentError, match=f"said a {type(wrong).__name__}; may say strings") as caught:
         outputs_of(make_agent(yielding if blocking else async_yielding))
     assert caught.value.code == "AGENT_OUTPUT_INVALID"
 

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[2]
 LAYERS = [
     ["runs", "errors"],
     ["agents", "store", "validation"],
-    ["registry", "event_log"],
+    ["registry", "event_log", "agent_events"],
+    ["speech"],
     ["execution"],
     ["executor"],
     ["convert", "rpc_errors"],
