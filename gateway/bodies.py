@@ -267,7 +267,7 @@ def _problem(name: str, value: object, limits: BodyLimits) -> str | None:
     if type(value) is not str:
         return "must be a string"
     if "\0" in value:
-        # PostgreSQL has no text with it.
+        # No store holds text with it.
         return "must not hold the character U+0000"
     if name == "title" and len(value) > limits.title_characters:
         return f"must have at most {limits.title_characters} characters"

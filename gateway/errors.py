@@ -152,7 +152,7 @@ _FROM_BETWEEN: Final = {
 }
 
 # Reasons that the contract gives an HTTP status of their own, whichever gRPC status carries them.
-_STATUS_BY_REASON: Final = {"IDEMPOTENCY_KEY_REUSED": 422}
+_STATUS_BY_REASON: Final = {"IDEMPOTENCY_KEY_REUSED": 422, "ANSWER_TOO_LARGE": 502}
 
 # Fields of the gRPC requests by the names that REST callers know them by; others are the same in both.
 _REST_FIELDS: Final = {

@@ -1,6 +1,6 @@
 """One short method an operation: decode, call, encode. What is the same for all is in `app`."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from typing import get_args
 
 from aiohttp import web
@@ -29,7 +29,6 @@ from protos.acp.runs.v1 import run_pb2 as pb
 from protos.acp.runs.v1 import run_service_pb2 as rpc
 
 Answer = web.StreamResponse | JsonAnswer
-Handler = Callable[[web.Request, bool], Awaitable[Answer]]
 
 _DEFAULT_PAGE = 50
 _MAX_PAGE = 200
@@ -260,9 +259,7 @@ class RunHandlers:
 
         A failure in the middle cuts the connection: JSON has no other way.
         """
-        response = web.StreamResponse(
-            status=status, headers={**headers, "Content-Type": "application/json; charset=utf-8"}
-        )
+        response = web.StreamResponse(status=status, headers={**headers, "Content-Type": "application/json"})
         await response.prepare(request)
         separator = head[:-1] + b',"events":['
         try:

@@ -7,6 +7,7 @@ import asyncio
 import atexit
 import logging
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from select import PIPE_BUF
 from typing import Any, BinaryIO, Final
@@ -72,8 +73,10 @@ class RequestLog:
         text = b"".join(self._lines)
         self._lines.clear()
         self._bytes = 0
-        self._stream.write(text)
-        self._stream.flush()
+        # As logging does it: a log that cannot be written is no failure of who is logged.
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+            self._stream.flush()
 
 
 class JsonFormatter(logging.Formatter):

@@ -23,6 +23,7 @@ Stream: TypeAlias = "grpc.aio.StreamStreamCall[rpc.SessionRequest, rpc.SessionRe
 
 _TICK_SECONDS = 0.5
 _RECONNECT_SECONDS = (0.05, 2.0)
+_STEADY_SECONDS = 1.0  # so old is a stream that is taken for one that lasts
 # What a batch of commands holds beside its last one, at most.
 _BATCH_BYTES = 1 << 18
 # A stream that ends with one of these would end the next one, too: nobody is kept waiting for it.
@@ -62,7 +63,7 @@ class Call:
         self.command = command
         self.asked_at = asked_at  # the last time, by the loop's clock
         self.deadline = deadline
-        self.parked_at: float | None = asked_at  # since when it waits for a stream; None: asked on this one
+        self.parked_at: float | None = asked_at  # since when it waits for a stream that lasts; None: it has one
         self.parked_by: ApiError | None = None
         self._arrived: deque[rpc.SessionUpdate] = deque()
         self._waiter: asyncio.Future[None] | None = None
@@ -116,6 +117,7 @@ class Call:
 
     def deliver(self, update: rpc.SessionUpdate) -> None:
         """Take in what has come."""
+        self.parked_at = None
         result = update.WhichOneof("result")
         if result == "run_update":
             news = update.run_update
@@ -135,7 +137,7 @@ class Call:
         """Return the command that opens the call, or goes on where it was cut, on a new stream."""
         self._resumed = self._run_state is not None
         self._taken = -len(self._arrived)  # those of the stream before are not acknowledged to this one
-        self.parked_at = self.parked_by = None
+        self.parked_by = None
         self.sent = True
         command = self.command
         operation = command.WhichOneof("operation")
@@ -186,6 +188,7 @@ class Session:
         self._calls: dict[int, Call] = {}
         self._outbox: list[rpc.SessionCommand] = []
         self._connected = False
+        self._connected_at = math.inf
         self._wake: asyncio.Future[None] | None = None  # of the writer, while it has nothing to send
         self._clock: asyncio.TimerHandle | None = None
         self._life: asyncio.Task[None] | None = None
@@ -221,6 +224,7 @@ class Session:
         call = Call(self, command, now, math.inf if seconds is None else now + seconds)
         self._calls[command.call] = call
         if self._connected:
+            call.parked_at = None
             self._send(call.begin(now))
         return call
 
@@ -255,16 +259,20 @@ class Session:
             try:
                 hello = await stream.read()
                 if isinstance(hello, rpc.SessionResponse):
-                    pause = shortest
                     await self._serve(stream, hello.limits)
             except grpc.aio.AioRpcError as broken:
                 error = broken
                 log.warning("the session with the runtime service broke: %s %s", broken.code().name, broken.details())
+            except Exception:
+                log.exception("the session with the runtime service failed; it is opened again")
             finally:
                 stream.cancel()
             self._park(error)
+            # A stream that breaks as soon as it is there is tried again ever more slowly.
+            steady = self.loop.time() - self._connected_at >= _STEADY_SECONDS
+            pause = shortest if steady else min(pause * 2, longest)
+            self._connected_at = math.inf
             await asyncio.sleep(pause)
-            pause = min(pause * 2, longest)
 
     async def _serve(self, stream: Stream, limits: rpc.SessionLimits) -> None:
         self._max_calls = min(self._own_max_calls, limits.max_calls)
@@ -273,7 +281,7 @@ class Session:
         for call in list(self._calls.values()):
             if not self._fits(call.command):
                 call.fail(_too_large())  # it was made when that was not known
-        now = self.loop.time()
+        now = self._connected_at = self.loop.time()
         self._outbox = [call.begin(now) for call in self._calls.values()]
         self._connected = True
         writer = self.loop.create_task(self._write(stream))
@@ -333,9 +341,11 @@ class Session:
             self._fail_all(lambda _: _refused(error))
             return
         now = self.loop.time()
-        for call in self._calls.values():
+        for call in list(self._calls.values()):
             if call.parked_at is None:
                 call.parked_at = now
+            else:
+                self._fail_if_overdue(call, now)
 
     def _tick(self) -> None:
         """End the calls whose time is over."""
@@ -344,8 +354,14 @@ class Session:
         for call in list(self._calls.values()):
             if now >= call.deadline:
                 call.fail(_timed_out())
-            elif call.parked_at is not None and now - call.parked_at >= self._reconnect_seconds:
-                call.fail(call.parked_by or _unreachable(call))
+            elif call.parked_by is not None or not self._connected:
+                self._fail_if_overdue(call, now)
+            elif now - self._connected_at >= _STEADY_SECONDS:
+                call.parked_at = None
+
+    def _fail_if_overdue(self, call: Call, now: float) -> None:
+        if call.parked_at is not None and now - call.parked_at >= self._reconnect_seconds:
+            call.fail(call.parked_by or _unreachable(call))
 
     def _fail_all(self, error_of: Callable[[Call], ApiError]) -> None:
         for call in list(self._calls.values()):

@@ -187,8 +187,15 @@ class StreamRelay:
 
     def stop(self) -> None:
         """End the stream with `stream.error`, code DRAINING, if anyone is there to read it."""
+        self._end(_draining())
+
+    def leave(self) -> None:
+        """End the stream of a client that is gone."""
+        self._end(ApiError(499, "CLIENT_CLOSED_REQUEST", "The client has gone."))
+
+    def _end(self, error: ApiError) -> None:
         self._stopped = True
-        self._updates.fail(_draining())
+        self._updates.fail(error)
 
     def is_left(self) -> bool:
         """Return whether the client has gone."""
@@ -267,7 +274,7 @@ class OpenStreams:
             await asyncio.sleep(_TICK_SECONDS)
             for relay in self._open:
                 if relay.is_left():
-                    relay.stop()
+                    relay.leave()
                     continue
                 relay.idle_ticks += 1
                 if relay.idle_ticks >= self._heartbeat_ticks:

@@ -73,6 +73,15 @@ class CapacityExceeded(RunServiceError):
         self.retry_after_seconds = retry_after_seconds
 
 
+class AnswerTooLarge(RunServiceError):
+    """An answer is longer than a message may be."""
+
+    reason = "ANSWER_TOO_LARGE"
+
+    def __init__(self) -> None:
+        super().__init__("The answer is too large for one message; ask for less at once.")
+
+
 class SessionFull(RunServiceError):
     """A session has as many open calls as it may have."""
 

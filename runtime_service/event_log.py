@@ -23,6 +23,8 @@ from runtime_service.store.base import Change, RunStore
 # holds one.
 _UPDATE_EVENTS = 128
 _UPDATE_SIZE = 1 << 15  # as _TAIL_SIZE
+_COLLECTED_EVENTS = 1_000
+_COLLECTED_SIZE = 1 << 18
 _TAIL_EVENTS = 1_000
 _TAIL_SIZE = 1 << 18  # of content in code points and of metadata in bytes
 _VIEWS = 32
@@ -187,17 +189,17 @@ class LiveRun:
         """Whether nobody executes or follows the run here."""
         return not self.held and not self._followers
 
-    def tail_after(self, sequence: int) -> tuple[RunEvent, ...]:
-        """Return the next events after `sequence` if the tail reaches back that far, else nothing."""
+    def tail_after(self, sequence: int, limit: int, limit_size: int) -> tuple[RunEvent, ...]:
+        """Return the next events after `sequence`, at least one, if the tail reaches back that far, else nothing."""
         tail = self.tail
         if not tail or tail[0].sequence > sequence + 1:
             return ()
         skip = sequence + 1 - tail[0].sequence
-        events = tail[skip : skip + _UPDATE_EVENTS]
+        events = tail[skip : skip + limit]
         size = count = 0
         for event in events:
             size += _size(event)
-            if size > _UPDATE_SIZE and count:
+            if size > limit_size and count:
                 break
             count += 1
         return tuple(events[:count])
@@ -307,7 +309,7 @@ class EventLog:
                 settled = options.turn is not None and view.status in TERMINAL
                 end = view.last_sequence if settled else max(view.last_sequence, live.last_sequence)
                 while cursor < end:
-                    events = await self._events_after(live, run, cursor)
+                    events = await self._events_after(live, run, cursor, _UPDATE_EVENTS, _UPDATE_SIZE)
                     if not events:
                         break
                     cursor = events[-1].sequence
@@ -349,7 +351,7 @@ class EventLog:
             end = view.last_sequence if view.status in TERMINAL else max(view.last_sequence, live.last_sequence)
             first = True
             while cursor < end:
-                events = await self._events_after(live, run, cursor)
+                events = await self._events_after(live, run, cursor, _COLLECTED_EVENTS, _COLLECTED_SIZE)
                 if not events:
                     break
                 cursor = events[-1].sequence
@@ -376,9 +378,11 @@ class EventLog:
                 return view
             expired = await live.wait_for_end(deadline)
 
-    async def _events_after(self, live: LiveRun, run: Run, sequence: int) -> tuple[RunEvent, ...]:
-        return live.tail_after(sequence) or tuple(
-            await self._store.read_events(run.id, sequence, _UPDATE_EVENTS, _UPDATE_SIZE)
+    async def _events_after(
+        self, live: LiveRun, run: Run, sequence: int, limit: int, limit_size: int
+    ) -> tuple[RunEvent, ...]:
+        return live.tail_after(sequence, limit, limit_size) or tuple(
+            await self._store.read_events(run.id, sequence, limit, limit_size)
         )
 
     async def _read_view(self, live: LiveRun, run: Run, turn: int | None) -> Run:

@@ -314,7 +314,7 @@ class Execution:
 
     async def _until_unheld(self) -> None:
         while self._held and not self._lost:
-            if self._unheld is None:
+            if self._unheld is None or self._unheld.done():  # who waited for it was cancelled
                 self._unheld = self._loop.create_future()
             await self._unheld
         if self._lost:

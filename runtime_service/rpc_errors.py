@@ -28,6 +28,7 @@ _STATUS: dict[type[errors.RunServiceError], grpc.StatusCode] = {
     errors.RunNotFound: grpc.StatusCode.NOT_FOUND,
     errors.RequestIdReused: grpc.StatusCode.ALREADY_EXISTS,
     errors.CapacityExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.AnswerTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.SessionFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.AgentUnavailable: grpc.StatusCode.UNAVAILABLE,
     errors.StoreUnavailable: grpc.StatusCode.UNAVAILABLE,

@@ -15,14 +15,13 @@ import grpc
 import msgspec
 
 from protos.acp.runs.v1 import run_service_pb2 as rpc
-from runtime_service.errors import Draining, InvalidRequest, SessionFull
+from runtime_service.errors import AnswerTooLarge, Draining, InvalidRequest, SessionFull
 from runtime_service.operations import Operations, RunNews
 from runtime_service.rpc_errors import status_for
 
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 # What one message should hold, in bytes, about: of many calls, as each has one item in it.
 _MESSAGE_BYTES = 1 << 18
-_EVENT_BYTES = 100  # of an event beside its content, about
 _ENDING_SECONDS = 0.8  # less than a stopping server gives to the calls that are under way
 _FOLLOWS = ("start_run", "continue_run", "watch_run")
 # News, or what fills a message with an answer or an error.
@@ -39,14 +38,13 @@ class SessionLimits(msgspec.Struct, frozen=True):
 class _Call:
     """A call; what it has `said` is made into a message when it is sent."""
 
-    __slots__ = ("last", "number", "room", "said", "size", "stopped", "task", "unacknowledged", "waits")
+    __slots__ = ("last", "number", "room", "said", "stopped", "task", "unacknowledged", "waits")
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.task: asyncio.Task[None] | None = None
         self.waits = False  # in the outbox
         self.said: _Said | None = None
-        self.size = 0  # of its message in bytes, about
         self.last = False
         self.unacknowledged = 0
         self.room: asyncio.Future[None] | None = None  # set where the call may go on
@@ -69,7 +67,7 @@ class Sessions:
         hello.limits.window_updates = self._limits.window_updates
         hello.limits.max_message_bytes = self._max_message_bytes
         await context.write(hello)
-        await _Session(self._operations, self._limits, context).serve(self._closing)
+        await _Session(self._operations, self._limits, self._max_message_bytes, context).serve(self._closing)
 
     def close(self) -> None:
         """End every session once its calls have ended, which by now they are about to."""
@@ -77,9 +75,12 @@ class Sessions:
 
 
 class _Session:
-    def __init__(self, operations: Operations, limits: SessionLimits, context: _Context) -> None:
+    def __init__(
+        self, operations: Operations, limits: SessionLimits, max_message_bytes: int, context: _Context
+    ) -> None:
         self._operations = operations
         self._limits = limits
+        self._max_update_bytes = max_message_bytes - 2 * _MESSAGE_BYTES
         self._context = context
         self._loop = asyncio.get_running_loop()
         self._calls: dict[int, _Call] = {}  # until their `last` is sent
@@ -165,7 +166,7 @@ class _Session:
             await follow(_organization(command), getattr(command, operation), partial(self._send, call))
             call.last = True
             if not call.waits:
-                self._put(call, None, 0)
+                self._put(call, None)
         except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
             while call.waits:
                 await _pause(call)
@@ -178,7 +179,7 @@ class _Session:
                 raise Draining
             await _pause(call)
         call.unacknowledged += 1
-        self._put(call, news, _size(news))
+        self._put(call, news)
 
     async def _answer(self, call: _Call, command: rpc.SessionCommand, operation: str) -> None:
         """Send the one answer of an operation."""
@@ -186,19 +187,19 @@ class _Session:
             ask = getattr(self._operations, operation)
             answer = await ask(_organization(command), getattr(command, operation))
             call.last = True
-            self._put(call, lambda update: getattr(update, operation).CopyFrom(answer), answer.ByteSize())
+            self._put(call, lambda update: getattr(update, operation).CopyFrom(answer))
         except Exception as error:  # noqa: BLE001 - the edge: every error becomes a status
             self._fail(call, error, command)
 
     def _fail(self, call: _Call, error: Exception, command: rpc.SessionCommand) -> None:
         status = status_for(error, command.correlation_id, command.traceparent)
         call.last = True
-        self._put(call, lambda update: update.error.CopyFrom(status), status.ByteSize())
+        self._put(call, lambda update: update.error.CopyFrom(status))
 
     # The outbox
 
-    def _put(self, call: _Call, said: _Said | None, size: int) -> None:
-        call.said, call.size = said, size
+    def _put(self, call: _Call, said: _Said | None) -> None:
+        call.said = said
         call.waits = True
         self._outbox.append(call)
         self._wake_writer()
@@ -235,9 +236,21 @@ class _Session:
             elif call.said is not None:
                 call.said(update)
             call.said = None
-            size += call.size
+            written = update.ByteSize()
+            if written > self._max_update_bytes:
+                written = self._refuse(call, update)
+            size += written
             _go_on(call)
         return response
+
+    def _refuse(self, call: _Call, update: rpc.SessionUpdate) -> int:
+        """Put an error in the place of what no message holds: that would end the session for all. Return its size."""
+        self._stop(call)
+        update.Clear()
+        update.call = call.number
+        update.last = True
+        update.error.CopyFrom(status_for(AnswerTooLarge()))
+        return update.ByteSize()
 
 
 async def _pause(call: _Call) -> None:
@@ -254,9 +267,3 @@ def _organization(command: rpc.SessionCommand) -> str:
     if not command.organization:
         raise InvalidRequest("organization", "must be set")
     return command.organization
-
-
-def _size(news: RunNews) -> int:
-    run = news.update.run
-    size = 0 if run is None else len(run.turn.input) + len(run.turn.output or "")
-    return size + sum([len(event.content) + _EVENT_BYTES for event in news.update.events])

@@ -144,7 +144,7 @@ class RunStore(Protocol):
         `may_repeat` is asked with the server's id. The draft that was left becomes an `incomplete` event.
         """
 
-    async def get_requested(self, new: NewRun | NewTurn) -> Change | None:
+    def get_requested(self, new: NewRun | NewTurn) -> Awaitable[Change | None]:
         """Return what an earlier request of the same id gave, None where there is none. Raises RequestIdReused."""
 
     async def queued_turns(self) -> dict[str, int]:

@@ -220,6 +220,8 @@ class GroupCommitWriter:
                 connection.execute("COMMIT")
             except Exception as error:  # noqa: BLE001 - handed to the one who asked for the write
                 self._roll_back()
+                if isinstance(error, apsw.BusyError):
+                    connection.set_busy_timeout(0)  # once is enough: the rest of the batch does not wait, too
                 log.error("the store refused a write: %s", error)
                 asked.result = error
                 if isinstance(error, apsw.Error):

@@ -150,11 +150,11 @@ class SQLiteStore:
 
         return self._writer.submit(forget_and_write)
 
-    # Reads
+    def get_requested(self, new: NewRun | NewTurn) -> Awaitable[Change | None]:
+        """Return what an earlier request of the same id gave, one that is being written too."""
+        return self._writer.submit(partial(self._turns.requested, new), on_rows=True)
 
-    async def get_requested(self, new: NewRun | NewTurn) -> Change | None:
-        """Return what an earlier request of the same id gave."""
-        return await self._read(lambda db: rows.requested(db, new))
+    # Reads
 
     async def queued_turns(self) -> dict[str, int]:
         """Count the turns that wait, by the id of their run."""

@@ -111,7 +111,7 @@ def list_runs(
     for row in rows[:limit]:
         run = run_from_row(row)
         size += len(run.turn.input) + len(run.turn.output or "") + len(run.turn.metadata or b"")
-        size += len(run.thread_metadata or b"")
+        size += len(run.thread_metadata or b"") + len(run.turn.error or "") + 2 * len(run.title or "")
         if size > limit_characters and runs:
             break
         runs.append(run)

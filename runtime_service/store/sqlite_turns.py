@@ -16,6 +16,7 @@ from runtime_service.runs import EventDraft, EventRole, Run, RunEvent, RunStatus
 from runtime_service.store.base import (
     Change,
     NewRun,
+    NewTurn,
     Outcome,
     TurnKey,
     TurnLost,
@@ -68,7 +69,7 @@ class RunningTurns:
 
     def start_run(self, new: NewRun, *, claim: bool) -> Change:
         """Add a run with its first turn and its user event. Raises RequestIdReused."""
-        if new.request_id is not None and (known := self._answered(new, new.request_id)) is not None:
+        if (known := self.requested(new)) is not None:
             return known
         run = accepted_run(new, claim=claim)
         key: int = (execute(self._db, "last_run_key", ()).get if self._last_key is None else self._last_key) + 1
@@ -109,6 +110,16 @@ class RunningTurns:
             self._ready.append((row.key, key.turn + 1))
         return Change(row.run, placed)
 
+    def requested(self, new: NewRun | NewTurn) -> Change | None:
+        """Return what an earlier request of the same id gave, None where there is none. Raises RequestIdReused.
+
+        What this transaction is about to write of an older run is not in it yet.
+        """
+        if new.request_id is None:
+            return None
+        row = self._requests.get((new.organization, new.request_id))
+        return requested(self._db, new) if row is None else replayed(new, row.run)
+
     # The transaction
 
     def write_out(self) -> None:
@@ -148,14 +159,6 @@ class RunningTurns:
         """Learn that the running turn of a run has a draft in the file."""
         if (row := self._known.get(run_id)) is not None:
             row.has_draft = True
-
-    def _answered(self, new: NewRun, request_id: str) -> Change | None:
-        """Return what an earlier request of the same id gave, None where there is none. Raises RequestIdReused."""
-        if (row := self._requests.get((new.organization, request_id))) is not None:
-            return replayed(new, row.run)
-        if self._changed:
-            self.write_out()
-        return requested(self._db, new)
 
     def _row(self, key: TurnKey) -> _TurnRow:
         """Return the running turn that `key` holds. Raises TurnLost."""

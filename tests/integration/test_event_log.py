@@ -412,10 +412,17 @@ def test_collect_of_a_long_turn_comes_in_pieces(tmp_path: Path) -> None:
             await tale.finish("end")
             got = await collected(tale.log, run)
             assert sequences(got) == list(range(1, 2_509))
-            assert all(len(update.events) <= event_log_module._UPDATE_EVENTS for update in got)
-            most = event_log_module._UPDATE_SIZE + 400_000
-            assert all(sum(len(event.content) for event in update.events) <= most for update in got)
-            assert got[-1].run == tale.run
+            followed = await follow(tale.log, run, 0, FollowOptions(turn=1))
+            assert len(followed) > len(got)
+            for updates, events, size in (
+                (got, event_log_module._COLLECTED_EVENTS, event_log_module._COLLECTED_SIZE),
+                (followed, event_log_module._UPDATE_EVENTS, event_log_module._UPDATE_SIZE),
+            ):
+                assert sequences(updates) == list(range(1, 2_509))
+                assert all(len(update.events) <= events for update in updates)
+                for update in updates:
+                    assert len(update.events) == 1 or sum(len(event.content) for event in update.events) <= size
+                assert updates[-1].run == tale.run
 
     run_async(main())
 

@@ -121,7 +121,7 @@ Global___ContentDelta: _TypeAlias = ContentDelta  # noqa: Y015
 
 @_typing.final
 class RunUpdate(_message.Message):
-    """What is new since the last update; one message carries every event that is ready."""
+    """What is new since the last update; one message carries what is ready, as much as a message should hold."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -76,7 +76,8 @@ class RunServiceStub:
     Limits. At most `limits.max_calls` calls are open at once, each until its `last` is on its way or its `stop` was
     taken; one more is RESOURCE_EXHAUSTED (SESSION_FULL) with RetryInfo. Messages of either side hold at most
     `limits.max_message_bytes`, which is more than gRPC takes by default: a caller sets its own limit to that. A longer
-    one ends the session with gRPC's own RESOURCE_EXHAUSTED. A command without an operation (`commands.operation`), or
+    one ends the session with gRPC's own RESOURCE_EXHAUSTED; an answer that would be longer is RESOURCE_EXHAUSTED
+    (ANSWER_TOO_LARGE) of its call alone. A command without an operation (`commands.operation`), or
     with a number below 1 or that of an open call (`commands.call`) ends the session with INVALID_ARGUMENT. A `stop` or
     `acknowledge` of a call that is not open is ignored: it may have ended meanwhile.
     """
@@ -182,7 +183,8 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         Limits. At most `limits.max_calls` calls are open at once, each until its `last` is on its way or its `stop` was
         taken; one more is RESOURCE_EXHAUSTED (SESSION_FULL) with RetryInfo. Messages of either side hold at most
         `limits.max_message_bytes`, which is more than gRPC takes by default: a caller sets its own limit to that. A longer
-        one ends the session with gRPC's own RESOURCE_EXHAUSTED. A command without an operation (`commands.operation`), or
+        one ends the session with gRPC's own RESOURCE_EXHAUSTED; an answer that would be longer is RESOURCE_EXHAUSTED
+        (ANSWER_TOO_LARGE) of its call alone. A command without an operation (`commands.operation`), or
         with a number below 1 or that of an open call (`commands.call`) ends the session with INVALID_ARGUMENT. A `stop` or
         `acknowledge` of a call that is not open is ignored: it may have ended meanwhile.
         """
