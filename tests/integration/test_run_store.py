@@ -144,12 +144,12 @@ def test_start_with_a_known_request_id_starts_nothing(stores: Stores, wait: bool
 
 
 def test_request_that_is_being_written_is_known(stores: Stores) -> None:
-    """Who asks for it in the moment of its write learns what it gave, and another one of its id is refused."""
+    """Who asks for it in the moment of its write learns what it gave, and a stranger of its id is refused."""
 
     async def check(store: RunStore) -> None:
         first = new_run("hi", request_id="once")
         writing = store.start_run(first, claim=True)
-        same, other = store.get_requested(first), store.get_requested(new_run("ho", request_id="once"))
+        same, other = store.get_requested(first), store.get_requested(new_run(server_id="else", request_id="once"))
         done = await writing
         assert await same == Change(done.run, (), replayed=True)
         with pytest.raises(RequestIdReused):
