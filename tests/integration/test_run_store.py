@@ -150,8 +150,7 @@ def test_request_that_is_being_written_is_known(stores: Stores) -> None:
         first = new_run("hi", request_id="once")
         writing = store.start_run(first, claim=True)
         same, other = store.get_requested(first), store.get_requested(new_run(server_id="else", request_id="once"))
-        done = await writing
-        assert await same == Change(done.run, (), replayed=True)
+        assert await same == Change((await writing).run, (), replayed=True)
         with pytest.raises(RequestIdReused):
             await other
         turn = next_turn(first, request_id="twice")
