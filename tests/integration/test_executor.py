@@ -1271,6 +1271,45 @@ def test_cancel_that_cannot_be_written_leaves_the_turn_running(
 
 
 @pytest.mark.usefixtures("quick_retries")
+def test_turn_times_out_behind_a_cancel_that_cannot_be_written(
+    path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[ScriptedAgent]
+) -> None:
+    """TURN_TIMEOUT also where the agent waited for the cancel when its time was over; its room is free."""
+    disk = Disk(monkeypatch)
+
+    async def main() -> None:
+        step = asyncio.Event()
+
+        async def script(turn: TurnContext) -> AsyncGenerator[AgentOutput]:
+            yield Message("one")
+            await step.wait()
+            while turn.input == "talk":
+                yield Log("on and on")
+
+        async with runtime(path, kind(script)) as rt:
+            run = await rt.start("talk")
+            await until_said(rt, run, "one")
+            execution = rt.executor._executions[run.id]
+            with disk.held():
+                cancelling = asyncio.create_task(rt.cancel(run))
+                await eventually(lambda: disk.holding)
+                step.set()
+                await eventually(lambda: execution._unheld is not None)
+                execution.expire()
+                await eventually(lambda: execution._settling)
+                disk.refuse = 2
+            with pytest.raises(StoreUnavailable):
+                await cancelling
+            disk.refuse = 0
+            done = await rt.until_status(run, FAILED)
+            assert done.turn.error_code == "TURN_TIMEOUT"
+            await eventually(lambda: is_idle(rt))
+            assert await is_served(rt)
+
+    run_async(main())
+
+
+@pytest.mark.usefixtures("quick_retries")
 def test_server_not_declared_is_settled_once_the_store_takes_writes(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from protos.acp.runs.v1 import run_service_pb2 as rpc
 from protos.acp.runs.v1 import run_service_pb2_grpc
+from runtime_service import server
 from runtime_service.executor import ExecutorLimits
 from tests.integration.stack import GATES, TERMINAL, TOKEN, Stack, runs, serving, until
 from tests.support import run_async
@@ -649,6 +650,24 @@ def test_full_queue_is_told(tmp_path: Path) -> None:
             await stack.until_status(running)
             await stack.until_status(queued)
             assert (await stack.start("echo", "full three")).status == 201
+
+    run_async(main())
+
+
+def test_answer_that_is_too_large_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """502 ANSWER_TOO_LARGE to who asked for it; a call that is under way beside it goes on."""
+    monkeypatch.setattr(server, "MAX_MESSAGE_BYTES", 1 << 20)
+
+    async def main() -> None:
+        async with serving(tmp_path, max_body_bytes=1 << 20) as stack:
+            waiting = asyncio.create_task(stack.start("gated", "beside a large one"))
+            await GATES["beside a large one"].reached.wait()
+            started = await stack.start("echo", "x" * 300_000)
+            listed = await stack.call("GET", runs("echo"))
+            for answer in (started, listed):
+                assert (answer.status, answer.json["code"]) == (502, "ANSWER_TOO_LARGE")
+            GATES["beside a large one"].open.set()
+            assert (await waiting).run["status"] == "completed"
 
     run_async(main())
 

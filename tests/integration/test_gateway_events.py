@@ -3,12 +3,13 @@
 import asyncio
 import json
 import socket
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.integration.stack import GATES, Frame, Stack, runs, serving, until
+from tests.integration.stack import GATES, Frame, Stack, Wire, runs, serving, until
 from tests.integration.test_gateway import FAMILIES, check_run, said, sequences
 from tests.support import run_async
 
@@ -418,6 +419,31 @@ def test_leaving_a_stream_cancels_nothing(accept: str, tmp_path: Path) -> None:
             assert not GATES[name].left.is_set()
             GATES[name].open.set()
             assert (await stack.until_status(path))["status"] == "completed"
+
+    run_async(main())
+
+
+def test_leaving_before_a_stream_begins_is_counted_as_that(tmp_path: Path) -> None:
+    """As 499, and not as a failure of the service."""
+
+    async def main() -> None:
+        wire = Wire()
+        async with serving(tmp_path, wire=wire) as stack:
+            path = await stack.start_async("gated", "left early")
+            wire.swallow()
+            following = asyncio.create_task(
+                stack.call("GET", path + "/events", headers={"Accept": "text/event-stream"})
+            )
+
+            async def counted(name: str) -> bool:
+                return await stack.metric(name) == 1
+
+            await until(partial(counted, "acp_gateway_open_streams"))
+            following.cancel()
+            route = 'method="GET",route="/v1/servers/{serverId}/runs/{runId}/events"'
+            await until(partial(counted, f'acp_gateway_requests_total{{{route},status="499"}}'))
+            assert await stack.metric("acp_gateway_open_streams") == 0
+            GATES["left early"].open.set()
 
     run_async(main())
 

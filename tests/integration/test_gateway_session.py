@@ -758,6 +758,64 @@ def test_silent_service_is_as_one_that_is_away(quick: None) -> None:
     run_async(main())
 
 
+def test_service_that_breaks_behind_every_hello_is_as_one_that_is_away(
+    quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls fail after the time for a reconnect, in which streams are opened ever more slowly; a good one serves."""
+    monkeypatch.setattr(session, "_RECONNECT_SECONDS", (0.01, 0.1))
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        opened = 0
+
+        async def break_each(service: FakeService) -> None:
+            nonlocal opened
+            while True:
+                (await service.session()).end(grpc.StatusCode.RESOURCE_EXHAUSTED)
+                opened += 1
+
+        async with connected(reconnect_seconds=0.5) as (service, stream, client):
+            reader, asking = Reader(watch(client)), asyncio.create_task(get(client))
+            await stream.take_calls(2)
+            breaking = asyncio.create_task(break_each(service))
+            broken_since = loop.time()
+            stream.end(grpc.StatusCode.UNAVAILABLE)
+            for error in await asyncio.gather(refusal(reader.task), refusal(asking)):
+                assert (error.status, error.code) == (503, "RUNTIME_UNAVAILABLE")
+            assert 0.5 <= loop.time() - broken_since < 2
+            breaking.cancel()
+            await asyncio.wait([breaking])
+            assert 1 < opened <= 10
+            await settled(service, client)
+
+    run_async(main())
+
+
+def test_session_that_fails_by_itself_is_opened_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What nobody has thought of is logged; the call that is under way is asked again."""
+    take = session.Session._take
+
+    def fail_once(_: session.Session, __: rpc.SessionResponse) -> None:
+        monkeypatch.setattr(session.Session, "_take", take)
+        raise ValueError("unthought of")
+
+    async def main() -> None:
+        async with connected() as (service, stream, client):
+            asking = asyncio.create_task(get(client))
+            command = await stream.take("get_run")
+            monkeypatch.setattr(session.Session, "_take", fail_once)
+            await stream.send(answer_to(command))
+            await stream.closed.wait()
+            stream = await service.session()
+            await stream.send(answer_to(await stream.take("get_run")))
+            assert await asking == "run_1"
+            assert "ValueError: unthought of" in caplog.text
+
+    run_async(main())
+
+
 @pytest.mark.parametrize(
     ("code", "document"),
     [

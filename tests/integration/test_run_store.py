@@ -143,6 +143,23 @@ def test_start_with_a_known_request_id_starts_nothing(stores: Stores, wait: bool
     with_store(stores, check)
 
 
+def test_request_that_is_being_written_is_known(stores: Stores) -> None:
+    """Who asks for it in the moment of its write learns what it gave, and a stranger of its id is refused."""
+
+    async def check(store: RunStore) -> None:
+        first = new_run("hi", request_id="once")
+        writing = store.start_run(first, claim=True)
+        same, other = store.get_requested(first), store.get_requested(new_run(server_id="else", request_id="once"))
+        assert await same == Change((await writing).run, (), replayed=True)
+        with pytest.raises(RequestIdReused):
+            await other
+        turn = next_turn(first, request_id="twice")
+        resuming, found = store.continue_run(turn, claim=True), store.get_requested(turn)
+        assert await found == Change((await resuming).run, (), replayed=True)
+
+    with_store(stores, check)
+
+
 def test_continue_with_a_known_request_id_opens_nothing(stores: Stores) -> None:
     """It shows the turn that the first one opened, not a later one."""
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import json
 import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
@@ -16,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from protos.acp.runs.v1 import run_pb2 as pb
 from protos.acp.runs.v1 import run_service_pb2 as rpc
 from protos.acp.runs.v1 import run_service_pb2_grpc
+from runtime_service import server
 from runtime_service.errors import StoreUnavailable
 from runtime_service.server import MAX_MESSAGE_BYTES
 from runtime_service.session import SessionLimits
@@ -560,6 +562,50 @@ def test_long_logs_are_cut_into_messages(service: Service) -> None:
             await server.__aexit__(None, None, None)
 
     in_loop(main())
+
+
+def test_messages_are_filled_by_their_true_size(service: Service) -> None:
+    """Also where it is metadata that makes updates large: those of sixty calls at once share no large message."""
+
+    async def check(client: SessionClient, session: Session) -> None:
+        metadata = json.dumps({"text": "x" * (16_384 - 20)}).encode()
+        asked = start_request("hi", "gated", metadata_json=metadata, stream={"collect": True})
+        starts = [session.call("start_run", asked) for _ in range(60)]
+        started = await client.start("hi", "gated", metadata_json=metadata)
+        await client.until_said(started, 2)
+        watches = [session.call("watch_run", watch_request(started)) for _ in range(60)]
+        for call in watches:
+            assert (await call.read()).run_update.run.id == started.id
+        gate[-1].set()
+        for call in (*starts, *watches):
+            assert (await all_updates(call))[-1].run.output == "re: hi"
+        updates = [update for call in (*starts, *watches) for update in call.arrived]
+        assert sum(update.ByteSize() for update in updates) > 180 * len(metadata)
+        most = (1 << 18) + max(update.ByteSize() for update in updates)
+        assert max(response.ByteSize() for response in session.responses) <= most + 8
+
+    in_session(service, check)
+
+
+def test_answer_that_no_message_holds_fails_alone(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ANSWER_TOO_LARGE; what shares its message is as it would be, and its place is free for another call."""
+    monkeypatch.setattr(server, "MAX_MESSAGE_BYTES", 1 << 20)
+
+    async def check(client: SessionClient, session: Session) -> None:
+        small = await settled(client, "1")
+        plain = Client(client.channel)
+        large = await plain.start("é" * 400_000)
+        requests = requests_of(reference("echo"), large.id)
+        for method in ("WatchRun", "GetRun", "ListRuns", "ListRunEvents"):
+            before = session.call("get_run", get_request(small))
+            failing = session.call(OPERATION[method], requests[method])
+            after = session.call("watch_run", watch_request(small))
+            found = await refusal(end_of_call(failing))
+            assert (found.code, found.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "ANSWER_TOO_LARGE"), method
+            assert (await before.answer()).run == small
+            assert (await all_updates(after))[-1].run == small
+
+    in_session(service, check, sessions=SessionLimits(max_calls=3))
 
 
 # Stop

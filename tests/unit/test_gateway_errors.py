@@ -153,6 +153,14 @@ def test_a_reused_idempotency_key_is_422(code: grpc.StatusCode) -> None:
     assert (error.status, json.loads(error.body())["error"]) == (422, "Unprocessable Entity")
 
 
+def test_an_answer_that_is_too_large_is_502() -> None:
+    """Not 429, as the caller has done nothing too often; over both doors."""
+    details = reason("ANSWER_TOO_LARGE")
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    for error in (from_rpc_error(rpc_error(code, "m", details)), from_status(rpc_status(code, "m", details))):
+        assert (error.status, error.code, error.headers) == (502, "ANSWER_TOO_LARGE", {})
+
+
 def test_broken_details_are_as_good_as_absent() -> None:
     """Details that are no google.rpc.Status, or hold broken messages, do not hide the status."""
     no_status = grpc.aio.AioRpcError(

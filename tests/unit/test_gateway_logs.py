@@ -8,7 +8,10 @@ import subprocess
 import sys
 from select import PIPE_BUF
 
+import pytest
+
 from gateway.logs import JsonFormatter, RequestLine, RequestLog
+from tests.support import run_async
 
 
 def line(request_id: str) -> RequestLine:
@@ -82,6 +85,35 @@ def test_what_is_left_at_the_end_is_written() -> None:
     asyncio.run(scenario())
     assert json.loads(pipe.writes[0])["request_id"] == "last"
     assert len(pipe.writes) == 1
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError("gone"), OSError("the disk is full"), ValueError("closed file")])
+@pytest.mark.parametrize("method", ["write", "flush"])
+def test_stream_that_cannot_be_written_fails_nobody(
+    method: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither who adds a line nor the loop learns of it; once it can be written again, it is."""
+
+    def fail(*_: bytes) -> None:
+        raise error
+
+    async def main() -> None:
+        pipe = Pipe()
+        log = RequestLog(pipe)
+        with monkeypatch.context() as patch:
+            patch.setattr(pipe, method, fail)
+            for number in range(100):
+                log.add(line(f"{number:0128d}"))
+            await asyncio.sleep(0)
+            log.add(line("by hand"))
+            log.flush()
+        pipe.writes.clear()
+        log.add(line("again"))
+        await asyncio.sleep(0)
+        [written] = pipe.writes
+        assert json.loads(written)["request_id"] == "again"
+
+    run_async(main())
 
 
 def test_record_is_one_json_object() -> None:
