@@ -6,6 +6,7 @@ The frames are pure; `StreamRelay` writes them and knows aiohttp. A stream ends 
 
 import asyncio
 import logging
+import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import lru_cache
@@ -35,6 +36,7 @@ _FORMS: dict[str, StreamForm | None] = {
     "*/*": None,
 }
 _TICK_SECONDS = 1.0
+_SEND_BUFFER_BYTES = 1 << 17
 _LINE_BREAKS = tuple((chr(code).encode(), b"\\u%04x" % code) for code in (0x85, 0x2028, 0x2029))
 
 
@@ -154,6 +156,7 @@ class StreamRelay:
                     if response is None:
                         response = begin(update.run)
                         await response.prepare(self.request)
+                        self._bound_send_buffer()
                         self._response = response
                     await self._write(response, data)
                 last = frames.completed()
@@ -201,6 +204,13 @@ class StreamRelay:
         """Return whether the client has gone."""
         transport = self.request.transport
         return transport is None or transport.is_closing()
+
+    def _bound_send_buffer(self) -> None:
+        """Keep the kernel from taking in megabytes for a client that does not read."""
+        transport = self.request.transport
+        connection = None if transport is None else transport.get_extra_info("socket")
+        if connection is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
 
     def _abort(self) -> None:
         if (transport := self.request.transport) is not None:

@@ -1,8 +1,9 @@
 """`RunService.Session`: many calls over one stream. run_service.proto says what a caller may rely on.
 
 A call is a task that puts what it has into the session's outbox; one writer sends what is there, as much at once as
-a message should hold. A call has one item there at most, so that all get their turn. Nothing is queued for a caller
-who reads slowly: its calls wait for `acknowledge`, as cursors into the log.
+a message should hold. A call has one item there at most, so that all get their turn, and those with little to say go
+before those with much. Nothing is queued for a caller who reads slowly: its calls wait for `acknowledge`, as cursors
+into the log.
 """
 
 import asyncio
@@ -20,8 +21,11 @@ from runtime_service.operations import Operations, RunNews
 from runtime_service.rpc_errors import status_for
 
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-# What one message should hold, in bytes, about: of many calls, as each has one item in it.
+# What one message should hold, in bytes, about: of many calls, as each has one item in it. Of bulk, which its
+# caller is long at work on, it holds one item before what is small, and more behind it up to this.
 _MESSAGE_BYTES = 1 << 18
+_BULK_BYTES = 1 << 16
+_BULK_EVENTS = 32
 _ENDING_SECONDS = 0.8  # less than a stopping server gives to the calls that are under way
 _FOLLOWS = ("start_run", "continue_run", "watch_run")
 # News, or what fills a message with an answer or an error.
@@ -80,11 +84,12 @@ class _Session:
     ) -> None:
         self._operations = operations
         self._limits = limits
-        self._max_update_bytes = max_message_bytes - 2 * _MESSAGE_BYTES
+        self._max_update_bytes = max_message_bytes - 2 * _MESSAGE_BYTES  # beside what came before it
         self._context = context
         self._loop = asyncio.get_running_loop()
         self._calls: dict[int, _Call] = {}  # until their `last` is sent
-        self._outbox: deque[_Call] = deque()
+        self._outbox: deque[_Call] = deque()  # calls with little to say
+        self._bulk: deque[_Call] = deque()  # calls with much to say
         self._wake: asyncio.Future[None] | None = None  # of the writer, while it has nothing to send
         self._ending = False
 
@@ -201,7 +206,8 @@ class _Session:
     def _put(self, call: _Call, said: _Said | None) -> None:
         call.said = said
         call.waits = True
-        self._outbox.append(call)
+        is_bulk = isinstance(said, RunNews) and len(said.update.events) > _BULK_EVENTS
+        (self._bulk if is_bulk else self._outbox).append(call)
         self._wake_writer()
 
     def _wake_writer(self) -> None:
@@ -209,8 +215,8 @@ class _Session:
             self._wake.set_result(None)
 
     async def _write(self) -> None:
-        while self._calls or self._outbox or not self._ending:
-            if not self._outbox:
+        while self._calls or self._outbox or self._bulk or not self._ending:
+            if not (self._outbox or self._bulk):
                 self._wake = self._loop.create_future()
                 await self._wake
                 self._wake = None
@@ -220,28 +226,37 @@ class _Session:
 
     def _next_response(self) -> rpc.SessionResponse:
         response = rpc.SessionResponse()
-        size = 0
+        bulk = self._add_next(response, self._bulk) if self._bulk else 0
+        size = bulk
         while self._outbox and size < _MESSAGE_BYTES:
-            call = self._outbox.popleft()
-            call.waits = False
-            if call.stopped:
-                continue
-            update = response.updates.add()
-            update.call = call.number
-            if call.last:
-                update.last = True
-                self._forget(call)
-            if isinstance(call.said, RunNews):
-                call.said.fill(update.run_update)
-            elif call.said is not None:
-                call.said(update)
-            call.said = None
-            written = update.ByteSize()
-            if written > self._max_update_bytes:
-                written = self._refuse(call, update)
+            size += self._add_next(response, self._outbox)
+        while self._bulk and bulk < _BULK_BYTES and size < _MESSAGE_BYTES:
+            written = self._add_next(response, self._bulk)
+            bulk += written
             size += written
-            _go_on(call)
         return response
+
+    def _add_next(self, response: rpc.SessionResponse, waiting: deque[_Call]) -> int:
+        """Add what the next call has said, unless it was stopped meanwhile; return its size in bytes."""
+        call = waiting.popleft()
+        call.waits = False
+        if call.stopped:
+            return 0
+        update = response.updates.add()
+        update.call = call.number
+        if call.last:
+            update.last = True
+            self._forget(call)
+        if isinstance(call.said, RunNews):
+            call.said.fill(update.run_update)
+        elif call.said is not None:
+            call.said(update)
+        call.said = None
+        written = update.ByteSize()
+        if written > self._max_update_bytes:
+            written = self._refuse(call, update)
+        _go_on(call)
+        return written
 
     def _refuse(self, call: _Call, update: rpc.SessionUpdate) -> int:
         """Put an error in the place of what no message holds: that would end the session for all. Return its size."""
