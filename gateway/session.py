@@ -189,6 +189,7 @@ class Session:
         self._outbox: list[rpc.SessionCommand] = []
         self._connected = False
         self._connected_at = math.inf
+        self._was_of_use = False
         self._wake: asyncio.Future[None] | None = None  # of the writer, while it has nothing to send
         self._clock: asyncio.TimerHandle | None = None
         self._life: asyncio.Task[None] | None = None
@@ -268,10 +269,10 @@ class Session:
             finally:
                 stream.cancel()
             self._park(error)
-            # A stream that breaks as soon as it is there is tried again ever more slowly.
+            # A stream that breaks before it was of any use is tried again ever more slowly.
             steady = self.loop.time() - self._connected_at >= _STEADY_SECONDS
-            pause = shortest if steady else min(pause * 2, longest)
-            self._connected_at = math.inf
+            pause = shortest if steady or self._was_of_use else min(pause * 2, longest)
+            self._connected_at, self._was_of_use = math.inf, False
             await asyncio.sleep(pause)
 
     async def _serve(self, stream: Stream, limits: rpc.SessionLimits) -> None:
@@ -310,6 +311,7 @@ class Session:
             if update.last:
                 del self._calls[update.call]
             call.deliver(update)
+            self._was_of_use = True
 
     def _send(self, command: rpc.SessionCommand) -> None:
         self._outbox.append(command)
