@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Final
+from typing import Any, Final
 
 from benchmarks.figures import Spread, spread
 from benchmarks.processes import Server, cpu_seconds
@@ -91,13 +91,16 @@ def run_load(
     """POST `body` to `path` in a load process of its own; LoadError when an answer was not `status`."""
     request = http_request("POST", path, server.headers, body)
     job = Job(server.host, server.port, request, status, connections, requests, warm_up, server.pids)
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.load"], input=json.dumps(asdict(job)).encode(), capture_output=True
-    )
+    result = run_apart("benchmarks.load", asdict(job))
+    return Load(**result | {"latency": Spread(**result["latency"])})
+
+
+def run_apart(module: str, job: dict[str, Any]) -> Any:
+    """Run a module in a process of its own, a job in, its result out; LoadError with what it said when it failed."""
+    done = subprocess.run([sys.executable, "-m", module], input=json.dumps(job).encode(), capture_output=True)
     if done.returncode:
         raise LoadError(done.stderr.decode(errors="replace").strip()[-2000:])
-    result = json.loads(done.stdout)
-    return Load(**result | {"latency": Spread(**result["latency"])})
+    return json.loads(done.stdout)
 
 
 class Connection:

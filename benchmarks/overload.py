@@ -10,7 +10,6 @@ import heapq
 import json
 import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -21,12 +20,12 @@ from typing import Final
 from benchmarks.effort import Effort
 from benchmarks.environment import BODY, EVENTS
 from benchmarks.figures import Spread, spread
-from benchmarks.load import Connection, Connections, LoadError, http_request
+from benchmarks.load import Connection, Connections, LoadError, http_request, run_apart
 from benchmarks.processes import Server
 from benchmarks.product import echo, product, runs_path
 from benchmarks.report import Section, Target, table
 
-_CAPACITY: Final = 512
+_CAPACITY: Final = 512  # calls in flight that the gateway is given
 _TIMES: Final = 3
 _PEAK_CONNECTIONS: Final = (16, 64, 256)
 _WARM_UP_SECONDS: Final = 2.0
@@ -103,13 +102,8 @@ def _offer(server: Server, connections: int, seconds: float, rate: float | None 
     """One job in a process of its own; then a moment for runs that nobody waits for any more."""
     request = http_request("POST", runs_path(echo(EVENTS)), server.headers, BODY)
     job = Job(server.host, server.port, request, connections, seconds, rate)
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.overload"], input=json.dumps(asdict(job)).encode(), capture_output=True
-    )
-    if done.returncode:
-        raise LoadError(done.stderr.decode(errors="replace").strip()[-2000:])
+    result = run_apart("benchmarks.overload", asdict(job))
     time.sleep(_RECOVERY_SECONDS)
-    result = json.loads(done.stdout)
     return Answers(**result | {name: Spread(**result[name]) for name in ("answered", "refused")})
 
 

@@ -34,7 +34,7 @@ def make_app(config: GatewayConfig) -> web.Application:
     """Build the application. Raises KeyFileError or ValueError for keys that cannot be used."""
     keys = KeyRing(config.keys_file, literal_key=config.api_key)
     client = RunClient(config.grpc_target, config.service_token, config.max_calls, config.reconnect_seconds)
-    streams = OpenStreams(config.heartbeat_seconds, config.write_seconds)
+    streams = OpenStreams(config.heartbeat_seconds)
     metrics = Metrics(lambda: len(streams))
     middleware = _make_middleware(metrics)
     app = web.Application(middlewares=[middleware])  # type: ignore[list-item]  # its types know no JsonAnswer

@@ -192,6 +192,11 @@ def from_status(status: status_pb2.Status) -> ApiError:
     return _from_parts(_CODES_BY_NUMBER.get(status.code, grpc.StatusCode.UNKNOWN), status)
 
 
+def from_code(code: grpc.StatusCode) -> ApiError:
+    """What to tell the REST caller about a call that ended with `code`, and nothing more is known."""
+    return _from_parts(code, status_pb2.Status())
+
+
 def _from_parts(code: grpc.StatusCode, status: status_pb2.Status) -> ApiError:
     row = _TABLE.get(code, _TABLE[grpc.StatusCode.UNKNOWN])
     infos = _unpack(status, error_details_pb2.ErrorInfo)

@@ -116,17 +116,9 @@ class RunClient:
     ) -> UpdateStream:
         """Start a run."""
         command = _command(context)
-        request = command.start_run
-        _refer(request.server, target)
-        request.input = input
         if title is not None:
-            request.title = title
-        request.mode = mode
-        if metadata is not None:
-            request.metadata_json = metadata
-        request.stream.CopyFrom(stream)
-        request.request_id = next(self._request_ids)
-        return UpdateStream(self._session.open(command, _stream_seconds(mode, stream)))
+            command.start_run.title = title
+        return self._open_turn(command, command.start_run, target, input, mode, metadata, stream)
 
     def continue_run(
         self,
@@ -141,9 +133,21 @@ class RunClient:
     ) -> UpdateStream:
         """Open the next turn of a run."""
         command = _command(context)
-        request = command.continue_run
+        command.continue_run.run_id = run_id
+        return self._open_turn(command, command.continue_run, target, input, mode, metadata, stream)
+
+    def _open_turn(
+        self,
+        command: rpc.SessionCommand,
+        request: rpc.StartRunRequest | rpc.ContinueRunRequest,
+        target: ServerTarget,
+        input: str,
+        mode: "pb.RunMode.ValueType",
+        metadata: bytes | None,
+        stream: rpc.StreamOptions,
+    ) -> UpdateStream:
+        """Open a call by which a turn begins; `request` is the command's own."""
         _refer(request.server, target)
-        request.run_id = run_id
         request.input = input
         request.mode = mode
         if metadata is not None:

@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 import grpc
 
-from gateway.errors import ApiError, from_rpc_error, from_status
+from gateway.errors import ApiError, from_code, from_rpc_error, from_status
 from protos.acp.runs.v1 import run_service_pb2 as rpc
 
 log = logging.getLogger(__name__)
@@ -190,7 +190,7 @@ class Session:
         self._connected = False
         self._connected_at = math.inf
         self._was_of_use = False
-        self._wake: asyncio.Future[None] | None = None  # of the writer, while it has nothing to send
+        self._to_send = asyncio.Event()  # the outbox is not empty
         self._clock: asyncio.TimerHandle | None = None
         self._life: asyncio.Task[None] | None = None
 
@@ -315,15 +315,13 @@ class Session:
 
     def _send(self, command: rpc.SessionCommand) -> None:
         self._outbox.append(command)
-        if self._wake is not None and not self._wake.done():
-            self._wake.set_result(None)
+        self._to_send.set()
 
     async def _write(self, stream: Stream) -> None:
         while True:
             if not self._outbox:
-                self._wake = self.loop.create_future()
-                await self._wake
-                self._wake = None
+                self._to_send.clear()
+                await self._to_send.wait()
             request = rpc.SessionRequest()
             size = count = 0
             for command in self._outbox:
@@ -355,7 +353,7 @@ class Session:
         now = self.loop.time()
         for call in list(self._calls.values()):
             if now >= call.deadline:
-                call.fail(_timed_out())
+                call.fail(from_code(grpc.StatusCode.DEADLINE_EXCEEDED))
             elif call.parked_by is not None or not self._connected:
                 self._fail_if_overdue(call, now)
             elif now - self._connected_at >= _STEADY_SECONDS:
@@ -371,12 +369,6 @@ class Session:
 
 
 # Errors are made anew for each call: one that is raised keeps hold of all that it passes through.
-
-
-def _timed_out() -> ApiError:
-    return ApiError(
-        504, "DEADLINE_EXCEEDED", "The runtime service did not answer in time; the request may still take effect."
-    )
 
 
 def _too_large() -> ApiError:

@@ -16,6 +16,8 @@ from runtime_service.runs import EventRole, LogLevel, Run, RunEvent, RunMode, Ru
 if TYPE_CHECKING:
     from google.protobuf.internal.containers import RepeatedCompositeFieldContainer as MessageList
 
+    _HasState = rpc.RunUpdate | rpc.GetRunResponse | rpc.ListRunEventsResponse | rpc.CancelRunResponse
+
 _STATUS = {status: pb.RunStatus.Value(f"RUN_STATUS_{status.name}") for status in RunStatus}
 _STATUS_BACK = {number: status for status, number in _STATUS.items()}
 _MODE = {mode: pb.RunMode.Value(f"RUN_MODE_{mode.name}") for mode in RunMode}
@@ -71,6 +73,12 @@ def fill_thread(message: pb.Thread, run: Run) -> None:
         message.metadata_json = run.thread_metadata
 
 
+def fill_state(message: _HasState, run: Run, session_protocol: str) -> None:
+    """Put the run and its thread into a message that shows both."""
+    fill_run(message.run, run, session_protocol)
+    fill_thread(message.thread, run)
+
+
 def add_events(messages: MessageList[pb.RunEvent], run: Run, events: Iterable[RunEvent]) -> None:
     """Add events of the run's log to a list of messages."""
     prefix = run.event_id_prefix
@@ -95,8 +103,7 @@ def add_events(messages: MessageList[pb.RunEvent], run: Run, events: Iterable[Ru
 def fill_update(message: rpc.RunUpdate, run: Run, update: Update, session_protocol: str) -> None:
     """Put an update of the followed run, which names it, into an empty message."""
     if update.run is not None:
-        fill_run(message.run, update.run, session_protocol)
-        fill_thread(message.thread, update.run)
+        fill_state(message, update.run, session_protocol)
     add_events(message.events, run, update.events)
     if update.delta is not None:
         message.delta.sequence, message.delta.offset, message.delta.text = update.delta

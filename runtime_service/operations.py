@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeAlias
 
 from protos.acp.runs.v1 import run_pb2 as pb
 from protos.acp.runs.v1 import run_service_pb2 as rpc
-from runtime_service.convert import add_events, fill_run, fill_thread, fill_update, run_mode, run_status
+from runtime_service.convert import add_events, fill_run, fill_state, fill_thread, fill_update, run_mode, run_status
 from runtime_service.errors import InvalidRequest
 from runtime_service.event_log import EventLog, FollowOptions, Update
 from runtime_service.executor import Executor
@@ -114,8 +114,7 @@ class Operations:
         server = self._server(organization, request.server)
         run = await self._run(server, request.run_id)
         answer = rpc.GetRunResponse()
-        fill_run(answer.run, run, server.agent.session_protocol)
-        fill_thread(answer.thread, run)
+        fill_state(answer, run, server.agent.session_protocol)
         return answer
 
     async def list_runs(self, organization: str, request: rpc.ListRunsRequest) -> rpc.ListRunsResponse:
@@ -148,8 +147,7 @@ class Operations:
         events = [event for event in events if event.sequence <= run.last_sequence]
         reached = events[-1].sequence if events else after
         answer = rpc.ListRunEventsResponse(has_more=reached < run.last_sequence)
-        fill_run(answer.run, run, server.agent.session_protocol)
-        fill_thread(answer.thread, run)
+        fill_state(answer, run, server.agent.session_protocol)
         add_events(answer.events, run, events)
         return answer
 
@@ -158,8 +156,7 @@ class Operations:
         server = self._server(organization, request.server)
         change = await self._executor.cancel_run(server.organization, server.id, request.run_id)
         answer = rpc.CancelRunResponse()
-        fill_run(answer.run, change.run, server.agent.session_protocol)
-        fill_thread(answer.thread, change.run)
+        fill_state(answer, change.run, server.agent.session_protocol)
         add_events(answer.events, change.run, change.events)
         return answer
 

@@ -90,7 +90,7 @@ class _Session:
         self._calls: dict[int, _Call] = {}  # until their `last` is sent
         self._outbox: deque[_Call] = deque()  # calls with little to say
         self._bulk: deque[_Call] = deque()  # calls with much to say
-        self._wake: asyncio.Future[None] | None = None  # of the writer, while it has nothing to send
+        self._to_send = asyncio.Event()  # there is something for the writer to see to
         self._ending = False
 
     async def serve(self, closing: asyncio.Event) -> None:
@@ -115,7 +115,7 @@ class _Session:
         self._ending = True
         for call in self._calls.values():
             _go_on(call)
-        self._wake_writer()
+        self._to_send.set()
         await asyncio.wait([writer], timeout=_ENDING_SECONDS)
 
     async def _read(self) -> None:
@@ -156,7 +156,7 @@ class _Session:
         call.stopped = True
         if call.task is not None:
             call.task.cancel()
-        self._wake_writer()
+        self._to_send.set()
 
     def _forget(self, call: _Call) -> None:
         if self._calls.get(call.number) is call:
@@ -208,18 +208,13 @@ class _Session:
         call.waits = True
         is_bulk = isinstance(said, RunNews) and len(said.update.events) > _BULK_EVENTS
         (self._bulk if is_bulk else self._outbox).append(call)
-        self._wake_writer()
-
-    def _wake_writer(self) -> None:
-        if self._wake is not None and not self._wake.done():
-            self._wake.set_result(None)
+        self._to_send.set()
 
     async def _write(self) -> None:
         while self._calls or self._outbox or self._bulk or not self._ending:
             if not (self._outbox or self._bulk):
-                self._wake = self._loop.create_future()
-                await self._wake
-                self._wake = None
+                self._to_send.clear()
+                await self._to_send.wait()
             response = self._next_response()
             if response.updates:
                 await self._context.write(response)
