@@ -60,7 +60,7 @@ class RequestIdReused(RunServiceError):
     reason = "IDEMPOTENCY_KEY_REUSED"
 
     def __init__(self, request_id: str) -> None:
-        super().__init__(f"The request id {shown(request_id)} was used for another server, run or operation.")
+        super().__init__(f"The id {shown(request_id)} was used for another request; take a new one for each.")
 
 
 class CapacityExceeded(RunServiceError):
@@ -99,7 +99,7 @@ class AgentUnavailable(RunServiceError):
 
 
 class StoreUnavailable(RunServiceError):
-    """The store does not take writes; nothing was accepted."""
+    """The store cannot be used at the moment; the message says whether what was asked for may have taken effect."""
 
     reason = "STORE_UNAVAILABLE"
     retry_after_seconds = 5.0

@@ -111,7 +111,10 @@ class Turn(msgspec.Struct, frozen=True):
 
 
 class Run(msgspec.Struct, frozen=True):
-    """A conversation with one agent runtime, showing one of its turns: the latest unless said otherwise."""
+    """A conversation with one agent runtime, showing one of its turns: the latest unless said otherwise.
+
+    `holder` is the address of the runtime service that executes the turn shown, where that is not this one.
+    """
 
     id: str
     organization: str
@@ -124,6 +127,7 @@ class Run(msgspec.Struct, frozen=True):
     turn: Turn
     title: str | None = None
     thread_metadata: bytes | None = None
+    holder: str | None = None
 
     @property
     def status(self) -> RunStatus:

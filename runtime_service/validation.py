@@ -1,12 +1,15 @@
 """The rules that a request must hold to, whichever door it came through. Pure."""
 
 import json
+from hashlib import sha256
 
 import msgspec
 
 from runtime_service.errors import InvalidRequest
+from runtime_service.store.base import Request
 
 _REQUEST_ID_CHARACTERS = 255
+_REQUEST_DIGEST_BYTES = 64
 
 
 class RequestLimits(msgspec.Struct, frozen=True):
@@ -53,11 +56,22 @@ def checked_metadata(text: bytes, limits: RequestLimits) -> bytes | None:
     return text
 
 
-def checked_request_id(request_id: str) -> str | None:
-    """Return the id, None when it is empty. Raises InvalidRequest unless it is printable ASCII and fits."""
+def checked_request(request_id: str, digest: bytes, *asked: str | bytes | None) -> Request | None:
+    """Return by what the request is known when it comes again, None where it has no id.
+
+    `asked` is all that it asks for, its operation included. Raises InvalidRequest unless the id is printable ASCII and
+    both fit.
+    """
     if len(request_id) > _REQUEST_ID_CHARACTERS or not (request_id.isascii() and request_id.isprintable()):
         raise InvalidRequest("request_id", f"must be at most {_REQUEST_ID_CHARACTERS} printable ASCII characters")
-    return request_id or None
+    if len(digest) > _REQUEST_DIGEST_BYTES:
+        raise InvalidRequest("request_digest", f"must be at most {_REQUEST_DIGEST_BYTES} bytes")
+    if not request_id:
+        return None
+    parts = [part.encode() if isinstance(part, str) else part or b"" for part in asked]
+    # The lengths keep what moves from one part to the next from being the same.
+    text = b"%b %b" % (b",".join([b"%d" % len(part) for part in parts]), b"".join(parts))
+    return Request(request_id, sha256(text + digest).digest())
 
 
 def _refuse(constant: str) -> None:

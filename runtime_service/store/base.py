@@ -2,6 +2,9 @@
 
 Promises of every method that writes: when it returns, the change is durable; when it raises, nothing of it is
 there; it goes on to its end when the caller's task is cancelled. Sequences are given here, in the transaction.
+
+Several processes may share one store. What a process claims it holds, for as long as it renews that; another one's
+turns are its own only once that one is lost. Each hears of what the others write by its `StoreListener`.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -26,11 +29,19 @@ _COUNTED = (EventRole.ASSISTANT, EventRole.USER)
 _RUNNING, _QUEUED = RunStatus.RUNNING, RunStatus.QUEUED
 
 
-class NewRun(msgspec.Struct, frozen=True):
-    """A run to be accepted, with the input of its first turn.
+class Request(msgspec.Struct, frozen=True):
+    """By what a request is known when it comes again: its caller's name for it, and a digest of all that it asks for.
 
-    With a `request_id` that the organization has used before nothing is accepted: the earlier request is answered.
+    One whose `id` the organization has used before changes nothing, and is answered as the earlier one; with another
+    `fingerprint` it is refused. Kept for at least 24 hours.
     """
+
+    id: str
+    fingerprint: bytes
+
+
+class NewRun(msgspec.Struct, frozen=True):
+    """A run to be accepted, with the input of its first turn."""
 
     id: str
     organization: str
@@ -40,11 +51,11 @@ class NewRun(msgspec.Struct, frozen=True):
     created_at_ms: int
     title: str | None = None
     metadata: bytes | None = None
-    request_id: str | None = None
+    request: Request | None = None
 
 
 class NewTurn(msgspec.Struct, frozen=True):
-    """Input to a run that exists. Without metadata the turn takes the run's. `request_id` as in NewRun."""
+    """Input to a run that exists. Without metadata the turn takes the run's."""
 
     organization: str
     server_id: str
@@ -53,7 +64,16 @@ class NewTurn(msgspec.Struct, frozen=True):
     mode: RunMode
     created_at_ms: int
     metadata: bytes | None = None
-    request_id: str | None = None
+    request: Request | None = None
+
+
+class Cancel(msgspec.Struct, frozen=True):
+    """Asks for the end of a run's open turns."""
+
+    organization: str
+    server_id: str
+    run_id: str
+    request: Request | None = None
 
 
 class TurnKey(NamedTuple):
@@ -95,8 +115,35 @@ class RunPage(msgspec.Struct, frozen=True):
     next_token: str | None
 
 
+class Deleted(NamedTuple):
+    """How much was deleted."""
+
+    runs: int
+    turns: int
+    events: int
+
+
+class StoreListener(Protocol):
+    """Who is told what other processes do to the store. Told too often does no harm; now and then it is late."""
+
+    def runs_changed(self, run_ids: Sequence[str]) -> None:
+        """Another process wrote to these runs."""
+
+    def turns_wait(self) -> None:
+        """A turn waits that may be claimed."""
+
+    def held_lost(self) -> None:
+        """All that this process held until now is lost: it did not renew in time. What it claims from now on it holds."""
+
+
 class RunStore(Protocol):
     """Runs, turns and events; see the module's promises. Any method may raise StoreUnavailable."""
+
+    def listen(self, listener: StoreListener) -> None:
+        """Tell `listener` from now on."""
+
+    def renew(self) -> Awaitable[None]:
+        """Hold for another lease what is held. To be asked for several times a lease, also while all is quiet."""
 
     def start_run(self, new: NewRun, *, claim: bool) -> Awaitable[Change]:
         """Accept a run: its turn 1 and its user event. With `claim` the turn is running at once, epoch 1.
@@ -122,33 +169,34 @@ class RunStore(Protocol):
     def release_turn(self, key: TurnKey, events: Sequence[EventDraft]) -> Awaitable[Change]:
         """Give a running turn back to the queue, its attempt not counted. Raises TurnLost."""
 
-    def cancel_run(
-        self,
-        organization: str,
-        server_id: str,
-        run_id: str,
-        events: Sequence[EventDraft],
-        output: str | None,
-    ) -> Awaitable[Change]:
+    def cancel_run(self, cancel: Cancel, events: Sequence[EventDraft], output: str | None) -> Awaitable[Change]:
         """Settle every open turn as cancelled, after appending `events` to the earliest, whose output is `output`.
 
-        The change's run shows the latest turn; it has no events when nothing was open. Raises RunNotFound.
+        Without events the draft that is stored becomes an `incomplete` event, and the output. The change's run shows
+        the latest turn; it has no events when nothing was open. Raises RunNotFound, RequestIdReused.
         """
 
     def claim_turns(self, limit: int) -> Awaitable[list[Change]]:
         """Claim queued turns, oldest first, for the caller to execute; each change's run shows the claimed one."""
 
     def recover(self, max_attempts: int, may_repeat: Callable[[str], bool]) -> Awaitable[list[Change]]:
-        """Settle the turns that a lost runtime left running: queued again, or failed as RUNTIME_LOST.
+        """Settle the turns that a lost process left running: queued again, or failed as RUNTIME_LOST.
 
-        `may_repeat` is asked with the server's id. The draft that was left becomes an `incomplete` event.
+        `may_repeat` is asked with the server's id. The draft that was left becomes an `incomplete` event. To be asked
+        for now and then; a process is lost when it has not renewed for the length of a lease.
         """
 
     def get_requested(self, new: NewRun | NewTurn) -> Awaitable[Change | None]:
         """Return what an earlier request of the same id gave, None where there is none. Raises RequestIdReused."""
 
-    async def queued_turns(self) -> dict[str, int]:
-        """Count the turns that wait, by the id of their run."""
+    def delete_runs(self, before_ms: int, limit: int) -> Awaitable[Deleted]:
+        """Delete the oldest runs that have no open turn and were last written to before a time, at most `limit`."""
+
+    def delete_requests(self, before_ms: int, limit: int) -> Awaitable[int]:
+        """Forget the requests made before a time, at most `limit`; return how many."""
+
+    async def count_queued(self) -> int:
+        """Count the turns that wait."""
 
     async def get_run(self, organization: str, server_id: str, run_id: str, turn: int | None = None) -> Run:
         """Return a run showing its latest turn, or `turn`. Raises RunNotFound."""

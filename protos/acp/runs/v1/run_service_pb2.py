@@ -26,7 +26,7 @@ from protos.acp.runs.v1 import run_pb2 as acp_dot_runs_dot_v1_dot_run__pb2
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x61\x63p/runs/v1/run_service.proto\x12\x0b\x61\x63p.runs.v1\x1a\x15\x61\x63p/runs/v1/run.proto\x1a\x17google/rpc/status.proto\"0\n\x0fServerReference\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\tconnected\x18\x02 \x01(\x08\"A\n\rStreamOptions\x12\x0e\n\x06\x64\x65ltas\x18\x01 \x01(\x08\x12\x0f\n\x07\x63ollect\x18\x02 \x01(\x08\x12\x0f\n\x07wait_ms\x18\x03 \x01(\x03\">\n\x0c\x43ontentDelta\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0c\n\x04text\x18\x03 \x01(\t\"\xa0\x01\n\tRunUpdate\x12\x1d\n\x03run\x18\x01 \x01(\x0b\x32\x10.acp.runs.v1.Run\x12#\n\x06thread\x18\x02 \x01(\x0b\x32\x13.acp.runs.v1.Thread\x12%\n\x06\x65vents\x18\x03 \x03(\x0b\x32\x15.acp.runs.v1.RunEvent\x12(\n\x05\x64\x65lta\x18\x04 \x01(\x0b\x32\x19.acp.runs.v1.ContentDelta\"\xd8\x01\n\x0fStartRunRequest\x12,\n\x06server\x18\x01 \x01(\x0b\x32\x1c.acp.runs.v1.ServerReference\x12\r\n\x05input\x18\x02 \x01(\t\x12\r\n\x05title\x18\x03 \x01(\t\x12\"\n\x04mode\x18\x04 \x01(\x0e\x32\x14.acp.runs.v1.RunMode\x12\x15\n\rmetadata_json\x18\x05 \x01(\x0c\x12*\n\x06stream\x18\x06 \x01(\x0b\x32\x1a.acp.runs.v1.StreamOptions\x12\x12\n\nrequest_id\x18\x07 \x01(\t\":\n\x10StartRunResponse\x12&\n\x06update\x18\x01 \x01(\x0b\x32\x16.acp.runs.v1.RunUpdate\"\xdc\x01\n\x12\x43ontinueRunRequest\x12,\n\x06server\x18\x01 \x01(\x0b\x32\x1c.acp.runs.v1.ServerReference\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\r\n\x05input\x18\x03 \x01(\t\x12\"\n\x04mode\x18\x04 \x01(\x0e\x32\x14.acp.runs.v1.RunMode\x12\x15\n\rmetadata_json\x18\x05 \x01(\x0c\x12*\n\x06stream\x18\x06 \x01(\x0b\x32\x1a.acp.runs.v1.StreamOptions\x12\x12\n\nrequest_id\x18\x07 \x01(\t\"=\n\x13\x43ontinueRunResponse\x12&\n\x06update\x18\x01 \x01(\x0b\x32\x16.acp.runs.v1.RunUpdate\"\xa1\x01\n\x0fWatchRunRequest\x12,\n\x06server\x18\x01 \x01(\x0b\x32\x1c.acp.runs.v1.ServerReference\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x03 \x01(\x03\x12*\n\x06stream\x18\x04 \x01(\x0b\x32\x1a.acp.runs.v1.StreamOptions\x12\x0c\n\x04turn\x18\x05 \x01(\x05\":\n\x10WatchRunResponse\x12&\n\x06update\x18\x01 \x01(\x0b\x32\x16.acp.runs.v1.RunUpdate\"M\n\rGetRunRequest\x12,\n\x06server\x18\x01 \x01(\x0b\x32\x1c.acp.runs.v1.ServerReference\x12\x0e\n\x06run_id\x18\x02 \x01(\t\"T\n\x0eGetRunResponse\x12\x1d\n\x03run\x18\x01 \x01(\x0b\x32\x10.acp.runs.v1.Run\x12#\n\x06thread\x18\x02 \x01(\x0b\x32\x13.acp.runs.v1.Thread\"\x8e\x01\n\x0fListRunsRequest\x12,\n\x06server\x18\x01 \x01(\x0b\x32\x1c.acp.runs.v1.ServerReference\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12&\n\x06status\x18\x04 \x01(\x0e\x32\x16.acp.runs.v1.RunStatus\"\x8b\x01\n\x10ListRunsResponse\x12\x1e\n\x04runs\x18\x01 \x03(\x0b\x32\x10.acp.runs.v1.Run\x12$\n\x07threads\x18\x02 \x03(\x0b\x32\x13.acp.runs.v1.Thread\x12\x17\n\x0fnext_page_token\x18\x03 \x01(\t\x12\x18\n\x10\x61gent_runtime_id\x18\x04 \x01(\t\"\x90\x01\n\x14ListRunEventsRequest\x12,\n\x06server\x18\x01 \x01(\x0b\x32\x1c.acp.runs.v1.ServerReference\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x03 \x01(\x03\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x0f\n\x07wait_ms\x18\x05 \x01(\x03\"\x94\x01\n\x15ListRunEventsResponse\x12\x1d\n\x03run\x18\x01 \x01(\x0b\x32\x10.acp.runs.v1.Run\x12#\n\x06thread\x18\x02 \x01(\x0b\x32\x13.acp.runs.v1.Thread\x12%\n\x06\x65vents\x18\x03 \x03(\x0b\x32\x15.acp.runs.v1.RunEvent\x12\x10\n\x08has_more\x18\x04 \x01(\x08\"P\n\x10\x43\x61ncelRunRequest\x12,\n\x06server\x18\x01 \x01(\x0b\x32\x1c.acp.runs.v1.ServerReference\x12\x0e\n\x06run_id\x18\x02 \x01(\t\"~\n\x11\x43\x61ncelRunResponse\x12\x1d\n\x03run\x18\x01 \x01(\x0b\x32\x10.acp.runs.v1.Run\x12#\n\x06thread\x18\x02 \x01(\x0b\x32\x13.acp.runs.v1.Thread\x12%\n\x06\x65vents\x18\x03 \x03(\x0b\x32\x15.acp.runs.v1.RunEvent\"?\n\x0eSessionRequest\x12-\n\x08\x63ommands\x18\x01 \x03(\x0b\x32\x1b.acp.runs.v1.SessionCommand\"\xd2\x04\n\x0eSessionCommand\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x03\x12\x14\n\x0corganization\x18\x02 \x01(\t\x12\x0f\n\x07subject\x18\x03 \x01(\t\x12\x16\n\x0e\x63orrelation_id\x18\x04 \x01(\t\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\x12\x31\n\tstart_run\x18\x06 \x01(\x0b\x32\x1c.acp.runs.v1.StartRunRequestH\x00\x12\x37\n\x0c\x63ontinue_run\x18\x07 \x01(\x0b\x32\x1f.acp.runs.v1.ContinueRunRequestH\x00\x12\x31\n\twatch_run\x18\x08 \x01(\x0b\x32\x1c.acp.runs.v1.WatchRunRequestH\x00\x12-\n\x07get_run\x18\t \x01(\x0b\x32\x1a.acp.runs.v1.GetRunRequestH\x00\x12\x31\n\tlist_runs\x18\n \x01(\x0b\x32\x1c.acp.runs.v1.ListRunsRequestH\x00\x12<\n\x0flist_run_events\x18\x0b \x01(\x0b\x32!.acp.runs.v1.ListRunEventsRequestH\x00\x12\x33\n\ncancel_run\x18\x0c \x01(\x0b\x32\x1d.acp.runs.v1.CancelRunRequestH\x00\x12%\n\x04stop\x18\r \x01(\x0b\x32\x15.acp.runs.v1.StopCallH\x00\x12\x36\n\x0b\x61\x63knowledge\x18\x0e \x01(\x0b\x32\x1f.acp.runs.v1.AcknowledgeUpdatesH\x00\x42\x0b\n\toperation\"\n\n\x08StopCall\"%\n\x12\x41\x63knowledgeUpdates\x12\x0f\n\x07updates\x18\x01 \x01(\x05\"j\n\x0fSessionResponse\x12+\n\x07updates\x18\x01 \x03(\x0b\x32\x1a.acp.runs.v1.SessionUpdate\x12*\n\x06limits\x18\x02 \x01(\x0b\x32\x1a.acp.runs.v1.SessionLimits\"U\n\rSessionLimits\x12\x11\n\tmax_calls\x18\x01 \x01(\x05\x12\x16\n\x0ewindow_updates\x18\x02 \x01(\x05\x12\x19\n\x11max_message_bytes\x18\x03 \x01(\x03\"\xe1\x02\n\rSessionUpdate\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x03\x12\x0c\n\x04last\x18\x02 \x01(\x08\x12,\n\nrun_update\x18\x03 \x01(\x0b\x32\x16.acp.runs.v1.RunUpdateH\x00\x12.\n\x07get_run\x18\x04 \x01(\x0b\x32\x1b.acp.runs.v1.GetRunResponseH\x00\x12\x32\n\tlist_runs\x18\x05 \x01(\x0b\x32\x1d.acp.runs.v1.ListRunsResponseH\x00\x12=\n\x0flist_run_events\x18\x06 \x01(\x0b\x32\".acp.runs.v1.ListRunEventsResponseH\x00\x12\x34\n\ncancel_run\x18\x07 \x01(\x0b\x32\x1e.acp.runs.v1.CancelRunResponseH\x00\x12#\n\x05\x65rror\x18\x08 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x08\n\x06result2\xf0\x04\n\nRunService\x12I\n\x08StartRun\x12\x1c.acp.runs.v1.StartRunRequest\x1a\x1d.acp.runs.v1.StartRunResponse0\x01\x12R\n\x0b\x43ontinueRun\x12\x1f.acp.runs.v1.ContinueRunRequest\x1a .acp.runs.v1.ContinueRunResponse0\x01\x12I\n\x08WatchRun\x12\x1c.acp.runs.v1.WatchRunRequest\x1a\x1d.acp.runs.v1.WatchRunResponse0\x01\x12\x41\n\x06GetRun\x12\x1a.acp.runs.v1.GetRunRequest\x1a\x1b.acp.runs.v1.GetRunResponse\x12G\n\x08ListRuns\x12\x1c.acp.runs.v1.ListRunsRequest\x1a\x1d.acp.runs.v1.ListRunsResponse\x12V\n\rListRunEvents\x12!.acp.runs.v1.ListRunEventsRequest\x1a\".acp.runs.v1.ListRunEventsResponse\x12J\n\tCancelRun\x12\x1d.acp.runs.v1.CancelRunRequest\x1a\x1e.acp.runs.v1.CancelRunResponse\x12H\n\x07Session\x12\x1b.acp.runs.v1.SessionRequest\x1a\x1c.acp.runs.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x61\x63p/runs/v1/run_service.proto\x12\x0b\x61\x63p.runs.v1\x1a\x15\x61\x63p/runs/v1/run.proto\x1a\x17google/rpc/status.proto\"0\n\x0fServerReference\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\tconnected\x18\x02 \x01(\x08\"A\n\rStreamOptions\x12\x0e\n\x06\x64\x65ltas\x18\x01 \x01(\x08\x12\x0f\n\x07\x63ollect\x18\x02 \x01(\x08\x12\x0f\n\x07wait_ms\x18\x03 \x01(\x03\">\n\x0c\x43ontentDelta\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0c\n\x04text\x18\x03 \x01(\t\"\xb2\x01\n\tRunUpdate\x12\x1d\n\x03run\x18\x01 \x01(\x0b\x32\x10.acp.runs.v1.Run\x12#\n\x06thread\x18\x02 \x01(\x0b\x32\x13.acp.runs.v1.Thread\x12%\n\x06\x65vents\x18\x03 \x03(\x0b\x32\x15.acp.runs.v1.RunEvent\x12(\n\x05\x64\x65lta\x18\x04 \x01(\x0b\x32\x19.acp.runs.v1.ContentDelta\x12\x10\n\x08replayed\x18\x05 \x01(\x08\"\xf0\x01\n\x0fStartRunRequest\x12,\n\x06server\x18\x01 \x01(\x0b\x32\x1c.acp.runs.v1.ServerReference\x12\r\n\x05input\x18\x02 \x01(\t\x12\r\n\x05title\x18\x03 \x01(\t\x12\"\n\x04mode\x18\x04 \x01(\x0e\x32\x14.acp.runs.v1.RunMode\x12\x15\n\rmetadata_json\x18\x05 \x01(\x0c\x12*\n\x06stream\x18\x06 \x01(\x0b\x32\x1a.acp.runs.v1.StreamOptions\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x16\n\x0erequest_digest\x18\x08 \x01(\x0c\":\n\x10StartRunResponse\x12&\n\x06update\x18\x01 \x01(\x0b\x32\x16.acp.runs.v1.RunUpdate\"\xf4\x01\n\x12\x43ontinueRunRequest\x12,\n\x06server\x18\x01 \x01(\x0b\x32\x1c.acp.runs.v1.ServerReference\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\r\n\x05input\x18\x03 \x01(\t\x12\"\n\x04mode\x18\x04 \x01(\x0e\x32\x14.acp.runs.v1.RunMode\x12\x15\n\rmetadata_json\x18\x05 \x01(\x0c\x12*\n\x06stream\x18\x06 \x01(\x0b\x32\x1a.acp.runs.v1.StreamOptions\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x16\n\x0erequest_digest\x18\x08 \x01(\x0c\"=\n\x13\x43ontinueRunResponse\x12&\n\x06update\x18\x01 \x01(\x0b\x32\x16.acp.runs.v1.RunUpdate\"\xa1\x01\n\x0fWatchRunRequest\x12,\n\x06server\x18\x01 \x01(\x0b\x32\x1c.acp.runs.v1.ServerReference\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x03 \x01(\x03\x12*\n\x06stream\x18\x04 \x01(\x0b\x32\x1a.acp.runs.v1.StreamOptions\x12\x0c\n\x04turn\x18\x05 \x01(\x05\":\n\x10WatchRunResponse\x12&\n\x06update\x18\x01 \x01(\x0b\x32\x16.acp.runs.v1.RunUpdate\"M\n\rGetRunRequest\x12,\n\x06server\x18\x01 \x01(\x0b\x32\x1c.acp.runs.v1.ServerReference\x12\x0e\n\x06run_id\x18\x02 \x01(\t\"T\n\x0eGetRunResponse\x12\x1d\n\x03run\x18\x01 \x01(\x0b\x32\x10.acp.runs.v1.Run\x12#\n\x06thread\x18\x02 \x01(\x0b\x32\x13.acp.runs.v1.Thread\"\x8e\x01\n\x0fListRunsRequest\x12,\n\x06server\x18\x01 \x01(\x0b\x32\x1c.acp.runs.v1.ServerReference\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12&\n\x06status\x18\x04 \x01(\x0e\x32\x16.acp.runs.v1.RunStatus\"\x8b\x01\n\x10ListRunsResponse\x12\x1e\n\x04runs\x18\x01 \x03(\x0b\x32\x10.acp.runs.v1.Run\x12$\n\x07threads\x18\x02 \x03(\x0b\x32\x13.acp.runs.v1.Thread\x12\x17\n\x0fnext_page_token\x18\x03 \x01(\t\x12\x18\n\x10\x61gent_runtime_id\x18\x04 \x01(\t\"\x90\x01\n\x14ListRunEventsRequest\x12,\n\x06server\x18\x01 \x01(\x0b\x32\x1c.acp.runs.v1.ServerReference\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x03 \x01(\x03\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x0f\n\x07wait_ms\x18\x05 \x01(\x03\"\x94\x01\n\x15ListRunEventsResponse\x12\x1d\n\x03run\x18\x01 \x01(\x0b\x32\x10.acp.runs.v1.Run\x12#\n\x06thread\x18\x02 \x01(\x0b\x32\x13.acp.runs.v1.Thread\x12%\n\x06\x65vents\x18\x03 \x03(\x0b\x32\x15.acp.runs.v1.RunEvent\x12\x10\n\x08has_more\x18\x04 \x01(\x08\"|\n\x10\x43\x61ncelRunRequest\x12,\n\x06server\x18\x01 \x01(\x0b\x32\x1c.acp.runs.v1.ServerReference\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x16\n\x0erequest_digest\x18\x04 \x01(\x0c\"\x90\x01\n\x11\x43\x61ncelRunResponse\x12\x1d\n\x03run\x18\x01 \x01(\x0b\x32\x10.acp.runs.v1.Run\x12#\n\x06thread\x18\x02 \x01(\x0b\x32\x13.acp.runs.v1.Thread\x12%\n\x06\x65vents\x18\x03 \x03(\x0b\x32\x15.acp.runs.v1.RunEvent\x12\x10\n\x08replayed\x18\x04 \x01(\x08\"?\n\x0eSessionRequest\x12-\n\x08\x63ommands\x18\x01 \x03(\x0b\x32\x1b.acp.runs.v1.SessionCommand\"\xd2\x04\n\x0eSessionCommand\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x03\x12\x14\n\x0corganization\x18\x02 \x01(\t\x12\x0f\n\x07subject\x18\x03 \x01(\t\x12\x16\n\x0e\x63orrelation_id\x18\x04 \x01(\t\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\x12\x31\n\tstart_run\x18\x06 \x01(\x0b\x32\x1c.acp.runs.v1.StartRunRequestH\x00\x12\x37\n\x0c\x63ontinue_run\x18\x07 \x01(\x0b\x32\x1f.acp.runs.v1.ContinueRunRequestH\x00\x12\x31\n\twatch_run\x18\x08 \x01(\x0b\x32\x1c.acp.runs.v1.WatchRunRequestH\x00\x12-\n\x07get_run\x18\t \x01(\x0b\x32\x1a.acp.runs.v1.GetRunRequestH\x00\x12\x31\n\tlist_runs\x18\n \x01(\x0b\x32\x1c.acp.runs.v1.ListRunsRequestH\x00\x12<\n\x0flist_run_events\x18\x0b \x01(\x0b\x32!.acp.runs.v1.ListRunEventsRequestH\x00\x12\x33\n\ncancel_run\x18\x0c \x01(\x0b\x32\x1d.acp.runs.v1.CancelRunRequestH\x00\x12%\n\x04stop\x18\r \x01(\x0b\x32\x15.acp.runs.v1.StopCallH\x00\x12\x36\n\x0b\x61\x63knowledge\x18\x0e \x01(\x0b\x32\x1f.acp.runs.v1.AcknowledgeUpdatesH\x00\x42\x0b\n\toperation\"\n\n\x08StopCall\"%\n\x12\x41\x63knowledgeUpdates\x12\x0f\n\x07updates\x18\x01 \x01(\x05\"j\n\x0fSessionResponse\x12+\n\x07updates\x18\x01 \x03(\x0b\x32\x1a.acp.runs.v1.SessionUpdate\x12*\n\x06limits\x18\x02 \x01(\x0b\x32\x1a.acp.runs.v1.SessionLimits\"U\n\rSessionLimits\x12\x11\n\tmax_calls\x18\x01 \x01(\x05\x12\x16\n\x0ewindow_updates\x18\x02 \x01(\x05\x12\x19\n\x11max_message_bytes\x18\x03 \x01(\x03\"\xe1\x02\n\rSessionUpdate\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x03\x12\x0c\n\x04last\x18\x02 \x01(\x08\x12,\n\nrun_update\x18\x03 \x01(\x0b\x32\x16.acp.runs.v1.RunUpdateH\x00\x12.\n\x07get_run\x18\x04 \x01(\x0b\x32\x1b.acp.runs.v1.GetRunResponseH\x00\x12\x32\n\tlist_runs\x18\x05 \x01(\x0b\x32\x1d.acp.runs.v1.ListRunsResponseH\x00\x12=\n\x0flist_run_events\x18\x06 \x01(\x0b\x32\".acp.runs.v1.ListRunEventsResponseH\x00\x12\x34\n\ncancel_run\x18\x07 \x01(\x0b\x32\x1e.acp.runs.v1.CancelRunResponseH\x00\x12#\n\x05\x65rror\x18\x08 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x08\n\x06result2\xf0\x04\n\nRunService\x12I\n\x08StartRun\x12\x1c.acp.runs.v1.StartRunRequest\x1a\x1d.acp.runs.v1.StartRunResponse0\x01\x12R\n\x0b\x43ontinueRun\x12\x1f.acp.runs.v1.ContinueRunRequest\x1a .acp.runs.v1.ContinueRunResponse0\x01\x12I\n\x08WatchRun\x12\x1c.acp.runs.v1.WatchRunRequest\x1a\x1d.acp.runs.v1.WatchRunResponse0\x01\x12\x41\n\x06GetRun\x12\x1a.acp.runs.v1.GetRunRequest\x1a\x1b.acp.runs.v1.GetRunResponse\x12G\n\x08ListRuns\x12\x1c.acp.runs.v1.ListRunsRequest\x1a\x1d.acp.runs.v1.ListRunsResponse\x12V\n\rListRunEvents\x12!.acp.runs.v1.ListRunEventsRequest\x1a\".acp.runs.v1.ListRunEventsResponse\x12J\n\tCancelRun\x12\x1d.acp.runs.v1.CancelRunRequest\x1a\x1e.acp.runs.v1.CancelRunResponse\x12H\n\x07Session\x12\x1b.acp.runs.v1.SessionRequest\x1a\x1c.acp.runs.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,49 +40,49 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CONTENTDELTA']._serialized_start=211
   _globals['_CONTENTDELTA']._serialized_end=273
   _globals['_RUNUPDATE']._serialized_start=276
-  _globals['_RUNUPDATE']._serialized_end=436
-  _globals['_STARTRUNREQUEST']._serialized_start=439
-  _globals['_STARTRUNREQUEST']._serialized_end=655
-  _globals['_STARTRUNRESPONSE']._serialized_start=657
-  _globals['_STARTRUNRESPONSE']._serialized_end=715
-  _globals['_CONTINUERUNREQUEST']._serialized_start=718
-  _globals['_CONTINUERUNREQUEST']._serialized_end=938
-  _globals['_CONTINUERUNRESPONSE']._serialized_start=940
-  _globals['_CONTINUERUNRESPONSE']._serialized_end=1001
-  _globals['_WATCHRUNREQUEST']._serialized_start=1004
-  _globals['_WATCHRUNREQUEST']._serialized_end=1165
-  _globals['_WATCHRUNRESPONSE']._serialized_start=1167
-  _globals['_WATCHRUNRESPONSE']._serialized_end=1225
-  _globals['_GETRUNREQUEST']._serialized_start=1227
-  _globals['_GETRUNREQUEST']._serialized_end=1304
-  _globals['_GETRUNRESPONSE']._serialized_start=1306
-  _globals['_GETRUNRESPONSE']._serialized_end=1390
-  _globals['_LISTRUNSREQUEST']._serialized_start=1393
-  _globals['_LISTRUNSREQUEST']._serialized_end=1535
-  _globals['_LISTRUNSRESPONSE']._serialized_start=1538
-  _globals['_LISTRUNSRESPONSE']._serialized_end=1677
-  _globals['_LISTRUNEVENTSREQUEST']._serialized_start=1680
-  _globals['_LISTRUNEVENTSREQUEST']._serialized_end=1824
-  _globals['_LISTRUNEVENTSRESPONSE']._serialized_start=1827
-  _globals['_LISTRUNEVENTSRESPONSE']._serialized_end=1975
-  _globals['_CANCELRUNREQUEST']._serialized_start=1977
-  _globals['_CANCELRUNREQUEST']._serialized_end=2057
-  _globals['_CANCELRUNRESPONSE']._serialized_start=2059
-  _globals['_CANCELRUNRESPONSE']._serialized_end=2185
-  _globals['_SESSIONREQUEST']._serialized_start=2187
-  _globals['_SESSIONREQUEST']._serialized_end=2250
-  _globals['_SESSIONCOMMAND']._serialized_start=2253
-  _globals['_SESSIONCOMMAND']._serialized_end=2847
-  _globals['_STOPCALL']._serialized_start=2849
-  _globals['_STOPCALL']._serialized_end=2859
-  _globals['_ACKNOWLEDGEUPDATES']._serialized_start=2861
-  _globals['_ACKNOWLEDGEUPDATES']._serialized_end=2898
-  _globals['_SESSIONRESPONSE']._serialized_start=2900
-  _globals['_SESSIONRESPONSE']._serialized_end=3006
-  _globals['_SESSIONLIMITS']._serialized_start=3008
-  _globals['_SESSIONLIMITS']._serialized_end=3093
-  _globals['_SESSIONUPDATE']._serialized_start=3096
-  _globals['_SESSIONUPDATE']._serialized_end=3449
-  _globals['_RUNSERVICE']._serialized_start=3452
-  _globals['_RUNSERVICE']._serialized_end=4076
+  _globals['_RUNUPDATE']._serialized_end=454
+  _globals['_STARTRUNREQUEST']._serialized_start=457
+  _globals['_STARTRUNREQUEST']._serialized_end=697
+  _globals['_STARTRUNRESPONSE']._serialized_start=699
+  _globals['_STARTRUNRESPONSE']._serialized_end=757
+  _globals['_CONTINUERUNREQUEST']._serialized_start=760
+  _globals['_CONTINUERUNREQUEST']._serialized_end=1004
+  _globals['_CONTINUERUNRESPONSE']._serialized_start=1006
+  _globals['_CONTINUERUNRESPONSE']._serialized_end=1067
+  _globals['_WATCHRUNREQUEST']._serialized_start=1070
+  _globals['_WATCHRUNREQUEST']._serialized_end=1231
+  _globals['_WATCHRUNRESPONSE']._serialized_start=1233
+  _globals['_WATCHRUNRESPONSE']._serialized_end=1291
+  _globals['_GETRUNREQUEST']._serialized_start=1293
+  _globals['_GETRUNREQUEST']._serialized_end=1370
+  _globals['_GETRUNRESPONSE']._serialized_start=1372
+  _globals['_GETRUNRESPONSE']._serialized_end=1456
+  _globals['_LISTRUNSREQUEST']._serialized_start=1459
+  _globals['_LISTRUNSREQUEST']._serialized_end=1601
+  _globals['_LISTRUNSRESPONSE']._serialized_start=1604
+  _globals['_LISTRUNSRESPONSE']._serialized_end=1743
+  _globals['_LISTRUNEVENTSREQUEST']._serialized_start=1746
+  _globals['_LISTRUNEVENTSREQUEST']._serialized_end=1890
+  _globals['_LISTRUNEVENTSRESPONSE']._serialized_start=1893
+  _globals['_LISTRUNEVENTSRESPONSE']._serialized_end=2041
+  _globals['_CANCELRUNREQUEST']._serialized_start=2043
+  _globals['_CANCELRUNREQUEST']._serialized_end=2167
+  _globals['_CANCELRUNRESPONSE']._serialized_start=2170
+  _globals['_CANCELRUNRESPONSE']._serialized_end=2314
+  _globals['_SESSIONREQUEST']._serialized_start=2316
+  _globals['_SESSIONREQUEST']._serialized_end=2379
+  _globals['_SESSIONCOMMAND']._serialized_start=2382
+  _globals['_SESSIONCOMMAND']._serialized_end=2976
+  _globals['_STOPCALL']._serialized_start=2978
+  _globals['_STOPCALL']._serialized_end=2988
+  _globals['_ACKNOWLEDGEUPDATES']._serialized_start=2990
+  _globals['_ACKNOWLEDGEUPDATES']._serialized_end=3027
+  _globals['_SESSIONRESPONSE']._serialized_start=3029
+  _globals['_SESSIONRESPONSE']._serialized_end=3135
+  _globals['_SESSIONLIMITS']._serialized_start=3137
+  _globals['_SESSIONLIMITS']._serialized_end=3222
+  _globals['_SESSIONUPDATE']._serialized_start=3225
+  _globals['_SESSIONUPDATE']._serialized_end=3578
+  _globals['_RUNSERVICE']._serialized_start=3581
+  _globals['_RUNSERVICE']._serialized_end=4205
 # @@protoc_insertion_point(module_scope)

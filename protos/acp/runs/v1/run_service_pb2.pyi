@@ -129,6 +129,9 @@ class RunUpdate(_message.Message):
     THREAD_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
     DELTA_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    replayed: _builtins.bool
+    """On the first update of a start or continue: its `request_id` was known, nothing was accepted by this request."""
     @_builtins.property
     def run(self) -> _run_pb2.Run:
         """Set on the first update, whenever the status changed, and on the last."""
@@ -152,10 +155,11 @@ class RunUpdate(_message.Message):
         thread: _run_pb2.Thread | None = ...,
         events: _abc.Iterable[_run_pb2.RunEvent] | None = ...,
         delta: Global___ContentDelta | None = ...,
+        replayed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "run", b"run", "thread", b"thread"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "events", b"events", "run", b"run", "thread", b"thread"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "events", b"events", "replayed", b"replayed", "run", b"run", "thread", b"thread"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -174,6 +178,7 @@ class StartRunRequest(_message.Message):
     METADATA_JSON_FIELD_NUMBER: _builtins.int
     STREAM_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_DIGEST_FIELD_NUMBER: _builtins.int
     input: _builtins.str
     """What to say to the agent; must hold text."""
     title: _builtins.str
@@ -184,9 +189,13 @@ class StartRunRequest(_message.Message):
     """A JSON object as UTF-8 text, at most 16 KiB; may be empty."""
     request_id: _builtins.str
     """Makes the request safe to repeat (AIP-155): another with the same id and organization starts nothing, and is
-    answered with what the first one started. At most 255 printable ASCII characters, known for as long as the run;
+    answered with what the first one started. At most 255 printable ASCII characters, known for at least 24 hours;
     empty: each request starts a run. ALREADY_EXISTS (IDEMPOTENCY_KEY_REUSED) when the id was used for another
-    server, run or operation.
+    operation, server or run, or with another input, title, metadata or `request_digest`.
+    """
+    request_digest: _builtins.bytes
+    """What else makes two requests the same one to whoever sent them, such as a digest of a longer form; at most 64
+    bytes; may be empty. Of no use without `request_id`.
     """
     @_builtins.property
     def server(self) -> Global___ServerReference:
@@ -206,10 +215,11 @@ class StartRunRequest(_message.Message):
         metadata_json: _builtins.bytes = ...,
         stream: Global___StreamOptions | None = ...,
         request_id: _builtins.str = ...,
+        request_digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["server", b"server", "stream", b"stream"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "metadata_json", b"metadata_json", "mode", b"mode", "request_id", b"request_id", "server", b"server", "stream", b"stream", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "metadata_json", b"metadata_json", "mode", b"mode", "request_digest", b"request_digest", "request_id", b"request_id", "server", b"server", "stream", b"stream", "title", b"title"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -252,6 +262,7 @@ class ContinueRunRequest(_message.Message):
     METADATA_JSON_FIELD_NUMBER: _builtins.int
     STREAM_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_DIGEST_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Which run."""
     input: _builtins.str
@@ -261,6 +272,8 @@ class ContinueRunRequest(_message.Message):
     metadata_json: _builtins.bytes
     """As in StartRunRequest; empty keeps the run's metadata."""
     request_id: _builtins.str
+    """As in StartRunRequest."""
+    request_digest: _builtins.bytes
     """As in StartRunRequest."""
     @_builtins.property
     def server(self) -> Global___ServerReference:
@@ -280,10 +293,11 @@ class ContinueRunRequest(_message.Message):
         metadata_json: _builtins.bytes = ...,
         stream: Global___StreamOptions | None = ...,
         request_id: _builtins.str = ...,
+        request_digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["server", b"server", "stream", b"stream"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "metadata_json", b"metadata_json", "mode", b"mode", "request_id", b"request_id", "run_id", b"run_id", "server", b"server", "stream", b"stream"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "metadata_json", b"metadata_json", "mode", b"mode", "request_digest", b"request_digest", "request_id", b"request_id", "run_id", b"run_id", "server", b"server", "stream", b"stream"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -599,8 +613,16 @@ class CancelRunRequest(_message.Message):
 
     SERVER_FIELD_NUMBER: _builtins.int
     RUN_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_DIGEST_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Which run."""
+    request_id: _builtins.str
+    """As in StartRunRequest: a turn that was opened after the first request is not cancelled by its repetition. Empty:
+    each request cancels what is open then.
+    """
+    request_digest: _builtins.bytes
+    """As in StartRunRequest."""
     @_builtins.property
     def server(self) -> Global___ServerReference:
         """Which agent runtime."""
@@ -610,10 +632,12 @@ class CancelRunRequest(_message.Message):
         *,
         server: Global___ServerReference | None = ...,
         run_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        request_digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["server", b"server"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id", "server", b"server"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_digest", b"request_digest", "request_id", b"request_id", "run_id", b"run_id", "server", b"server"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -628,6 +652,9 @@ class CancelRunResponse(_message.Message):
     RUN_FIELD_NUMBER: _builtins.int
     THREAD_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    replayed: _builtins.bool
+    """The `request_id` was known: nothing was cancelled by this request. The run shows the turn that was its latest then."""
     @_builtins.property
     def run(self) -> _run_pb2.Run:
         """The run with the outcome that holds."""
@@ -638,7 +665,7 @@ class CancelRunResponse(_message.Message):
 
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[_run_pb2.RunEvent]:
-        """What the cancel itself added to the log; empty when there was nothing to cancel."""
+        """What the cancel itself added to the log; empty when there was nothing to cancel, or when it is a repetition."""
 
     def __init__(
         self,
@@ -646,10 +673,11 @@ class CancelRunResponse(_message.Message):
         run: _run_pb2.Run | None = ...,
         thread: _run_pb2.Thread | None = ...,
         events: _abc.Iterable[_run_pb2.RunEvent] | None = ...,
+        replayed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run", "thread", b"thread"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "run", b"run", "thread", b"thread"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "replayed", b"replayed", "run", b"run", "thread", b"thread"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

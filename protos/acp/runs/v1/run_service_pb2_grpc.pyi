@@ -65,7 +65,7 @@ class RunServiceStub:
     enough sends `stop`, and drops what was under way to it. A start or continue that is stopped before its first
     update may or may not have been accepted.
 
-    Asking again. GetRun, ListRuns, ListRunEvents and CancelRun are safe to repeat. StartRun and ContinueRun are, with
+    Asking again. GetRun, ListRuns and ListRunEvents are safe to repeat. StartRun, ContinueRun and CancelRun are, with
     the same `request_id`: what was accepted is answered, from the turn's first event. WatchRun goes on after the last
     sequence that came.
 
@@ -172,7 +172,7 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         enough sends `stop`, and drops what was under way to it. A start or continue that is stopped before its first
         update may or may not have been accepted.
 
-        Asking again. GetRun, ListRuns, ListRunEvents and CancelRun are safe to repeat. StartRun and ContinueRun are, with
+        Asking again. GetRun, ListRuns and ListRunEvents are safe to repeat. StartRun, ContinueRun and CancelRun are, with
         the same `request_id`: what was accepted is answered, from the turn's first event. WatchRun goes on after the last
         sequence that came.
 
