@@ -199,7 +199,7 @@ class RunStore(Protocol):
         """
 
     def delete_requests(self, before_ms: int, limit: int) -> Awaitable[int]:
-        """Forget requests made before a time, the oldest first, at most `limit`; return how many: 0, none is left."""
+        """Forget requests made before a time, at most `limit`; return how many, 0 when none is left."""
 
     async def count_queued(self) -> int:
         """Count the turns that wait."""

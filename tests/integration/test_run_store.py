@@ -1018,8 +1018,8 @@ def test_delete_runs_takes_fewer_rows_where_they_are_large(stores: Stores) -> No
     with_store(stores, check)
 
 
-def test_delete_requests_forgets_the_oldest(stores: Stores) -> None:
-    """Those made before a time, so many at once; the others are known still."""
+def test_delete_requests_forgets_those_made_before(stores: Stores) -> None:
+    """So many at once, in whatever order they were made; the others are known still."""
 
     async def check(store: RunStore) -> None:
         news = [msgspec.structs.replace(new_run(request_id=str(n)), created_at_ms=n) for n in range(1, 8)]
@@ -1028,7 +1028,7 @@ def test_delete_requests_forgets_the_oldest(stores: Stores) -> None:
         assert [await store.delete_requests(6, 2) for _ in range(4)] == [2, 2, 1, 0]
         assert [await store.get_requested(new) is not None for new in news] == [False] * 5 + [True] * 2
         assert await store.delete_requests(8, 1) == 1
-        assert [await store.get_requested(new) is not None for new in news[5:]] == [False, True]
+        assert sorted([await store.get_requested(new) is not None for new in news[5:]]) == [False, True]
         assert not (await store.start_run(new_run(request_id="1"), claim=False)).replayed
 
     with_store(stores, check)
@@ -1359,7 +1359,7 @@ def test_sqlite_finds_a_request_by_its_id(file: SQLiteStores) -> None:
 
     run_async(main())
     assert plan_of(file, "requested_turn", "default", "once") == [
-        "SEARCH requests USING PRIMARY KEY (organization=? AND request_id=?)",
+        "SEARCH requests USING INDEX sqlite_autoindex_requests_1 (organization=? AND request_id=?)",
         "SEARCH runs USING COVERING INDEX sqlite_autoindex_runs_1 (id=?)",
     ]
 
@@ -1440,14 +1440,16 @@ def test_sqlite_holds_nothing_of_what_was_deleted(file: SQLiteStores) -> None:
 
 
 def test_sqlite_finds_what_is_to_be_deleted_without_a_scan(file: SQLiteStores) -> None:
-    """Old requests by their age, runs from a key on, rows of a run by its key."""
+    """Requests from the first on, runs from a key on, rows of a run by its key."""
 
     async def main() -> None:
         async with file.open() as store:
             await running(store)
 
     run_async(main())
-    assert plan_of(file, "forget_requests", 1, 1)[-1].startswith("SEARCH requests USING COVERING INDEX requests_by_age")
+    plan = plan_of(file, "forget_requests", 1, 1, 1)
+    assert "SEARCH requests USING INTEGER PRIMARY KEY (rowid=?)" in plan
+    assert not any("TEMP B-TREE" in step for step in plan)
     for query in ("runs_of_age", "sizes_of_events", "sizes_of_turns", "delete_run", "delete_events", "delete_turns"):
         bindings = (1, 1, 1)[: 3 if query == "runs_of_age" else 2]
         (step,) = plan_of(file, query, *bindings)
