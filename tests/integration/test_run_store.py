@@ -15,6 +15,7 @@ from runtime_service.errors import InvalidRequest, RequestIdReused, RunNotFound,
 from runtime_service.runs import EventDraft, EventRole, LogLevel, Run, RunMode, RunStatus, now_ms
 from runtime_service.store.base import Cancel, Change, Deleted, Outcome, RunStore, TurnKey, TurnLost
 from runtime_service.store.sqlite import SQLiteStore
+from runtime_service.store.sqlite_deletions import OldRuns
 from runtime_service.store.sqlite_rows import QUERIES
 from tests.support import (
     ALL,
@@ -1413,6 +1414,26 @@ def test_sqlite_deletes_runs_behind_many_that_stay(file: SQLiteStores, monkeypat
             assert (await store.delete_runs(before_ms, 1)).runs == 0
             assert await delete_all(store, await later(now_ms()), 1) == Deleted(1, 1, 1)
             assert await store.count_queued() == 9
+
+    run_async(main())
+
+
+def test_sqlite_does_not_delete_what_was_used_after_it_was_found(
+    file: SQLiteStores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs are looked for outside of the transaction that deletes them."""
+    found = OldRuns([1, 2, 3], 3, ended=True)
+    monkeypatch.setattr("runtime_service.store.sqlite_deletions.old_runs", lambda *_, **__: found)
+
+    async def main() -> None:
+        async with file.open() as store:
+            runs = [await running(store) for _ in range(3)]
+            await store.finish_turn(key_of(runs[0]), [], COMPLETED)
+            before_ms = await later(now_ms())
+            await store.finish_turn(key_of(runs[1]), [], COMPLETED)
+            assert await store.delete_runs(before_ms, 100) == Deleted(1, 1, 1)
+            page = await store.list_runs(ORGANIZATION, SERVER, status=None, token=None, limit=ALL)
+            assert [run.id for run in page.runs] == [runs[2].id, runs[1].id]
 
     run_async(main())
 
