@@ -127,17 +127,21 @@ class StoreListener(Protocol):
     """Who is told what other processes do to the store. Told too often does no harm; now and then it is late."""
 
     def runs_changed(self, run_ids: Sequence[str]) -> None:
-        """Another process wrote to these runs; to any of them, if none is named."""
+        """Another process wrote to these runs; to any, where none is named."""
 
     def turns_wait(self) -> None:
         """A turn waits that may be claimed."""
 
     def held_lost(self) -> None:
-        """All that this process held until now is lost: it did not renew in time. What it claims from now on it holds."""
+        """All that this process held is lost: it did not renew in time. What it claims from now on it holds."""
 
 
 class RunStore(Protocol):
     """Runs, turns and events; see the module's promises. Any method may raise StoreUnavailable."""
+
+    @property
+    def is_available(self) -> bool:
+        """Whether the store can be used, as far as is known; one that cannot is tried again by itself."""
 
     def listen(self, listener: StoreListener) -> None:
         """Tell `listener` from now on."""
