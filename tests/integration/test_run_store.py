@@ -1020,7 +1020,7 @@ def test_a_reopened_store_shows_the_same(stores: Stores) -> None:
             before = [await snapshot(store, run), await snapshot(store, other), await store.count_queued()]
         async with stores.open() as store:
             assert [await snapshot(store, run), await snapshot(store, other), await store.count_queued()] == before
-            assert (await store.append_events(key_of(run), said("three"))).events[0].sequence == 4
+            assert (await store.continue_run(next_turn(run), claim=False)).events[0].sequence == 4
 
     run_async(main())
 

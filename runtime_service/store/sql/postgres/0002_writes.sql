@@ -31,7 +31,7 @@ BEGIN
     UPDATE acp.runs SET
         last_sequence = last_sequence + added,
         message_count = message_count + (
-            SELECT count(*) FROM jsonb_array_elements(p_log) AS e WHERE e->>'role' IN ('user', 'assistant')
+            SELECT count(*) FROM jsonb_array_elements(p_log) AS e (event) WHERE e.event->>'role' IN ('user', 'assistant')
         ),
         updated_at_ms = p_at,
         status = (SELECT t.status FROM acp.turns t WHERE t.run_key = p_run_key AND t.number = runs.last_turn)
@@ -273,18 +273,18 @@ $$;
 -- search began is not taken again, as its row is asked once more while that of the run is held.
 CREATE FUNCTION acp.claim_turns(p_replica text, p jsonb) RETURNS jsonb LANGUAGE plpgsql AS $$
 DECLARE
-    found record;
+    next record;
     turn acp.turns;
     changes jsonb := '[]';
     log jsonb;
 BEGIN
-    FOR found IN
+    FOR next IN
         SELECT t.run_key, t.number FROM acp.turns t JOIN acp.runs r ON r.run_key = t.run_key
         WHERE t.status = 'queued' AND t.ready ORDER BY t.created_at_ms, t.run_key LIMIT (p->>'limit')::integer
         FOR UPDATE OF r SKIP LOCKED
     LOOP
         UPDATE acp.turns t SET status = 'running', attempt = t.attempt + 1, epoch = t.epoch + 1, holder = p_replica
-        WHERE t.run_key = found.run_key AND t.number = found.number AND t.status = 'queued' AND t.ready
+        WHERE t.run_key = next.run_key AND t.number = next.number AND t.status = 'queued' AND t.ready
         RETURNING * INTO turn;
         CONTINUE WHEN NOT FOUND;
         log := '[]';
@@ -293,7 +293,7 @@ BEGIN
                 'content', replace(p->'again'->>'content', '{attempt}', turn.attempt::text)));
         END IF;
         changes := changes || jsonb_build_array(
-            acp.write_behind(found.run_key, found.number, log, (p->>'at')::bigint));
+            acp.write_behind(next.run_key, next.number, log, (p->>'at')::bigint));
     END LOOP;
     RETURN jsonb_build_object('changes', changes);
 END
@@ -505,9 +505,9 @@ DECLARE
     told text;
 BEGIN
     SELECT jsonb_agg(DISTINCT r.id) INTO written
-    FROM jsonb_array_elements(p_others) AS done, jsonb_array_elements(done->'changes') AS change
-    JOIN acp.runs r ON r.run_key = (change->>0)::bigint
-    WHERE NOT done ?| ARRAY['quiet', 'replayed'];
+    FROM jsonb_array_elements(p_others) AS d (done), jsonb_array_elements(d.done->'changes') AS c (change)
+    JOIN acp.runs r ON r.run_key = (c.change->>0)::bigint
+    WHERE NOT d.done ?| ARRAY['quiet', 'replayed'];
     IF written IS NULL AND NOT p_waits THEN
         RETURN;
     END IF;
@@ -536,7 +536,7 @@ $$;
 
 CREATE FUNCTION acp.shown_result(p_result jsonb) RETURNS jsonb LANGUAGE sql VOLATILE AS $$
     SELECT p_result || jsonb_build_object(
-        'starts', (SELECT coalesce(jsonb_agg(acp.shown(d)), '[]') FROM jsonb_array_elements(p_result->'starts') AS d),
+        'starts', (SELECT coalesce(jsonb_agg(acp.shown(d.done)), '[]') FROM jsonb_array_elements(p_result->'starts') AS d (done)),
         'others', (SELECT coalesce(jsonb_agg(acp.shown(d.done) ORDER BY d.place), '[]')
                    FROM jsonb_array_elements(p_result->'others') WITH ORDINALITY AS d (done, place)))
 $$;
