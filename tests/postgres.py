@@ -191,4 +191,3 @@ def fresh_database() -> str:
     name = f"acp_{next(_numbers)}"
     server.execute(f"CREATE DATABASE {name} TEMPLATE {_TEMPLATE}")
     return name
-

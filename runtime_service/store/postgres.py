@@ -42,7 +42,7 @@ class PostgresStore:
         self._others = PostgresListener(database, self._writer.is_own)
         self._listener: StoreListener | None = None
         self._pool: asyncpg.Pool | None = None
-        self._delete_after = 0  # the key behind which `delete_runs` goes on
+        self._delete_from = (0, 0)  # the time of `delete_runs`, and the key behind which it goes on
 
     @classmethod
     async def open(cls, url: str, *, address: str, lease_seconds: float = 30.0) -> "PostgresStore":
@@ -160,11 +160,13 @@ class PostgresStore:
 
     async def delete_runs(self, before_ms: int, limit: int) -> Deleted:
         """Delete runs that were last written to before a time, in the order of their acceptance."""
-        while True:
-            deleted, after = await self._writer.submit(writes.delete_runs(before_ms, limit, self._delete_after))
-            self._delete_after = after or 0
-            if after is None or any(deleted):
-                return deleted
+        earlier_ms, place = self._delete_from
+        after: int | None = place if earlier_ms == before_ms else 0
+        deleted = Deleted(0, 0, 0)
+        while after is not None and not any(deleted):
+            deleted, after = await self._writer.submit(writes.delete_runs(before_ms, limit, after))
+        self._delete_from = (before_ms, after or 0)
+        return deleted
 
     def delete_requests(self, before_ms: int, limit: int) -> asyncio.Future[int]:
         """Forget the requests made before a time."""

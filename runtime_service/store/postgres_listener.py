@@ -36,7 +36,10 @@ class _Notice(msgspec.Struct, frozen=True, rename={"sender": "from"}):
 
 
 class PostgresListener:
-    """Tells a StoreListener what others write, in a task from `start` to `close`. `is_own`: whether a replica is this one."""
+    """Tells a StoreListener what others write, in a task from `start` to `close`.
+
+    `is_own` says whether a replica is this one.
+    """
 
     def __init__(self, database: Database, is_own: Callable[[str], bool]) -> None:
         self._database = database

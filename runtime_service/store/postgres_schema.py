@@ -32,7 +32,9 @@ async def migrate(url: str) -> list[str]:
     except FAILURES as error:
         raise database.unavailable(error) from error
     try:
-        return [name for version, name, script in _MIGRATIONS if await _apply(database, connection, version, name, script)]
+        return [
+            name for version, name, script in _MIGRATIONS if await _apply(database, connection, version, name, script)
+        ]
     except FAILURES as error:
         raise database.unavailable(error) from error
     finally:
@@ -56,7 +58,9 @@ async def check_schema(database: Database, connection: asyncpg.Connection) -> No
     _refuse_newer(database, version)
 
 
-async def _apply(database: Database, connection: asyncpg.Connection, version: int, name: str, script: Traversable) -> bool:
+async def _apply(
+    database: Database, connection: asyncpg.Connection, version: int, name: str, script: Traversable
+) -> bool:
     async with connection.transaction():
         await connection.execute(f"SELECT pg_advisory_xact_lock({_LOCK})", timeout=_MIGRATION_SECONDS)
         await connection.execute(_PREPARE)

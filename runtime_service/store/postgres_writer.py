@@ -17,7 +17,6 @@ import asyncpg
 import msgspec
 
 from runtime_service.errors import StoreUnavailable
-from runtime_service.store.base import TurnKey
 from runtime_service.store.postgres_batch import Batch, Held, Reply
 from runtime_service.store.postgres_connection import (
     FAILURES,

@@ -292,9 +292,6 @@ def delete_requests(before_ms: int, limit: int) -> Other[int]:
     return Other({"write": "delete_requests", "before_ms": before_ms, "limit": limit}, lambda done, _: done.requests)
 
 
-
-
-
 def _orphan(run: Run, log: list[EventDraft]) -> dict[str, Any]:
     return {
         "write": "settle_orphan",
