@@ -87,7 +87,7 @@ class PostgresServer:
             for folder in {*self._folder.resolve().parents, *_programs().parents}:
                 folder.chmod(folder.stat().st_mode | 0o011)
         arguments = ["-U", "postgres", "--auth=trust", "--encoding=UTF8", "--no-locale", "--no-sync"]
-        _run("initdb", "-D", str(self._data), *arguments, **_owner())
+        _run("initdb", "-D", str(self._data), *arguments, owner=_owner())
 
     def _spawn(self) -> None:
         settings = {
@@ -106,7 +106,8 @@ class PostgresServer:
                 stderr=log,
                 start_new_session=True,
                 cwd="/",
-                **_owner(),
+                user=_owner(),
+                group=_owner(),
             )
         self._end_guard()
         guard = _GUARD.format(pid=self._server.pid)
@@ -133,12 +134,12 @@ class PostgresServer:
             self._guard = None
 
 
-def _owner() -> dict[str, int]:
-    """As whom the server runs: it refuses to be root."""
-    return {"user": _NOBODY, "group": _NOBODY} if os.geteuid() == 0 else {}
+def _owner() -> int | None:
+    """As whom the server runs, which refuses to be root; None: as this process."""
+    return _NOBODY if os.geteuid() == 0 else None
 
 
-def _run(program: str, *arguments: str, **owner: int) -> str:
+def _run(program: str, *arguments: str, owner: int | None = None) -> str:
     done = subprocess.run(
         [_programs() / program, *arguments],
         capture_output=True,
@@ -146,7 +147,8 @@ def _run(program: str, *arguments: str, **owner: int) -> str:
         timeout=_START_SECONDS,
         check=False,
         cwd="/",
-        **owner,
+        user=owner,
+        group=owner,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

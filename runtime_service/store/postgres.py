@@ -58,7 +58,7 @@ class PostgresStore:
             await store._open()
         except FAILURES as error:
             await store.close()
-            raise database.unavailable(error) from error
+            raise database.unavailable(error) from None
         except BaseException:
             await store.close()
             raise

@@ -3,14 +3,16 @@
 import re
 from importlib import resources
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import parse_qsl, urlencode
 
 import asyncpg
 
 from runtime_service.errors import StoreUnavailable
 
 SQL = resources.files("runtime_service.store") / "sql"
-QUERIES = dict(re.findall(r"^-- name: (\w+)\n(.*?)(?=^-- name: |\Z)", (SQL / "postgres.sql").read_text(), re.M | re.S))
+QUERIES: dict[str, str] = dict(
+    re.findall(r"^-- name: (\w+)\n(.*?)(?=^-- name: |\Z)", (SQL / "postgres.sql").read_text(), re.M | re.S)
+)
 
 FAILURES = (OSError, TimeoutError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError)
 """What a connection may fail with; a ValueError of one who was given no URL."""
@@ -41,9 +43,9 @@ class Database:
         self.is_pooled = ("pooler", "transaction") in parameters
         kept = urlencode([each for each in parameters if each[0] != "pooler"])
         self._url = base + ("?" + kept if kept else "")
-        # As it may be shown: without who comes and with what password.
-        place = urlsplit(base)
-        self.name = f"PostgreSQL at {place.netloc.rpartition('@')[2] or 'localhost'}{place.path}"
+        # As it may be shown: without who comes and with what password, even where that is not quoted as it should be.
+        place = url.partition("://")[2].rpartition("@")[2].partition("?")[0]
+        self.name = f"PostgreSQL at {place or 'localhost'}"
         self._settings: dict[str, Any] = {
             "timeout": _CONNECT_SECONDS,
             "command_timeout": _STATEMENT_SECONDS,

@@ -30,13 +30,13 @@ async def migrate(url: str) -> list[str]:
     try:
         connection = await database.connect()
     except FAILURES as error:
-        raise database.unavailable(error) from error
+        raise database.unavailable(error) from None
     try:
         return [
             name for version, name, script in _MIGRATIONS if await _apply(database, connection, version, name, script)
         ]
     except FAILURES as error:
-        raise database.unavailable(error) from error
+        raise database.unavailable(error) from None
     finally:
         await close_connection(connection)
 
