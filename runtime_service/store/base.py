@@ -127,17 +127,21 @@ class StoreListener(Protocol):
     """Who is told what other processes do to the store. Told too often does no harm; now and then it is late."""
 
     def runs_changed(self, run_ids: Sequence[str]) -> None:
-        """Another process wrote to these runs."""
+        """Another process wrote to these runs; to any, where none is named."""
 
     def turns_wait(self) -> None:
         """A turn waits that may be claimed."""
 
     def held_lost(self) -> None:
-        """All that this process held until now is lost: it did not renew in time. What it claims from now on it holds."""
+        """All that this process held is lost: it did not renew in time. What it claims from now on it holds."""
 
 
 class RunStore(Protocol):
     """Runs, turns and events; see the module's promises. Any method may raise StoreUnavailable."""
+
+    @property
+    def is_available(self) -> bool:
+        """Whether the store can be used, as far as is known; one that cannot is tried again by itself."""
 
     def listen(self, listener: StoreListener) -> None:
         """Tell `listener` from now on."""
@@ -259,6 +263,19 @@ def user_event(new: NewRun | NewTurn) -> EventDraft:
 def incomplete_event(text: str) -> EventDraft:
     """Return the event that keeps what an agent had said of a message that it never ended."""
     return EventDraft(EventRole.ASSISTANT, text, now_ms(), log_type="incomplete", log_level=LogLevel.WARN)
+
+
+ATTEMPT_BEGINS = "Attempt {attempt} begins: the one before was lost."
+"""What the log says where a turn is begun again, with the number of its attempt."""
+
+
+def runtime_lost(attempt: int, said: str | None = None) -> Outcome:
+    """Return the outcome of a turn that was lost with its runtime and is not begun again; `said` is its draft."""
+    error = (
+        f"The runtime was lost while it executed this turn (attempt {attempt}), and the turn is not begun again. "
+        "Send the input once more to try again."
+    )
+    return Outcome(RunStatus.FAILED, said, error, "RUNTIME_LOST")
 
 
 def log_event(log_type: str, level: LogLevel, content: str) -> EventDraft:

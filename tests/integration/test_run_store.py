@@ -2,9 +2,7 @@
 
 import asyncio
 import sqlite3
-from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,9 @@ import pytest
 from runtime_service.errors import InvalidRequest, RequestIdReused, RunNotFound, RunServiceError, StoreUnavailable
 from runtime_service.runs import EventDraft, EventRole, LogLevel, Run, RunMode, RunStatus, now_ms
 from runtime_service.store.base import Cancel, Change, Deleted, Outcome, RunStore, TurnKey, TurnLost
-from runtime_service.store.sqlite import SQLiteStore
 from runtime_service.store.sqlite_deletions import OldRuns, old_runs
 from runtime_service.store.sqlite_rows import QUERIES
+from tests.stores import KINDS, SQLiteStores, Stores
 from tests.support import (
     ALL,
     ORGANIZATION,
@@ -43,39 +41,10 @@ OUTCOMES = [
 ]
 
 
-class Stores(ABC):
-    """A place that holds runs while stores over it open and close."""
-
-    @abstractmethod
-    async def connect(self) -> RunStore:
-        """Open a store over the place."""
-
-    @asynccontextmanager
-    async def open(self) -> AsyncIterator[RunStore]:
-        """A store, closed at the end; turns that run then are left running, as by a crash."""
-        store = await self.connect()
-        try:
-            yield store
-        finally:
-            await store.close()
-
-
-class SQLiteStores(Stores):
-    """A SQLite file."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "data" / "runs.sqlite"
-
-    async def connect(self) -> RunStore:
-        """Open the file."""
-        return await SQLiteStore.open(self.path)
-
-
-@pytest.fixture(params=["sqlite"])
+@pytest.fixture(params=KINDS)
 def stores(request: pytest.FixtureRequest, tmp_path: Path) -> Stores:
     """A place of each kind."""
-    kinds: dict[str, Callable[[Path], Stores]] = {"sqlite": SQLiteStores}
-    return kinds[request.param](tmp_path)
+    return KINDS[request.param](tmp_path)
 
 
 @pytest.fixture
@@ -1052,7 +1021,7 @@ def test_a_reopened_store_shows_the_same(stores: Stores) -> None:
             before = [await snapshot(store, run), await snapshot(store, other), await store.count_queued()]
         async with stores.open() as store:
             assert [await snapshot(store, run), await snapshot(store, other), await store.count_queued()] == before
-            assert (await store.append_events(key_of(run), said("three"))).events[0].sequence == 4
+            assert (await store.continue_run(next_turn(run), claim=False)).events[0].sequence == 4
 
     run_async(main())
 

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from runtime_service.runs import ALLOWED, TERMINAL, Run, RunStatus
 from runtime_service.store.base import Cancel, Change, Deleted, NewRun, NewTurn, Outcome, TurnKey, TurnLost
-from runtime_service.store.sqlite import SQLiteStore
+from tests.stores import KINDS
 from tests.support import ORGANIZATION, SERVER, cancel_of, contents, log_of, new_run, next_turn, said
 
 MAX_ATTEMPTS = 2
@@ -58,13 +58,19 @@ class RunModel:
 
 
 class RunStoreMachine(RuleBasedStateMachine):
-    """The rules are the store's methods; the invariants its promises."""
+    """The rules are the store's methods; the invariants its promises.
+
+    `fences`: what a closed store held is closed to the next one, too, until it is claimed again.
+    """
+
+    kind = "sqlite"
+    fences = False
 
     def __init__(self) -> None:
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
         self.loop = asyncio.new_event_loop()
-        self.path = Path(self.folder.name) / "runs.sqlite"
+        self.stores = KINDS[self.kind](Path(self.folder.name))
         self.runs: dict[str, RunModel] = {}
         self.lost: set[TurnKey] = set()
         self.requests = 0
@@ -85,7 +91,7 @@ class RunStoreMachine(RuleBasedStateMachine):
     @initialize()
     def open(self) -> None:
         """Begin with an empty store."""
-        self.store = self.do(SQLiteStore.open(self.path))
+        self.store = self.do(self.stores.connect())
 
     def pick(self, number: int) -> tuple[str, RunModel]:
         """One of the runs."""
@@ -156,6 +162,8 @@ class RunStoreMachine(RuleBasedStateMachine):
             return
         turn = model.turns[open_turn - 1]
         key = turn.keys[-1]
+        if self.fences and key in self.lost:
+            return
         if how == "draft":
             turn.draft = "".join(texts)
             self.do(self._save_draft(key, turn.draft))
@@ -194,7 +202,7 @@ class RunStoreMachine(RuleBasedStateMachine):
             key
             for turn in model.turns
             for key in turn.keys
-            if turn.status is not RunStatus.RUNNING or key != turn.keys[-1]
+            if turn.status is not RunStatus.RUNNING or key != turn.keys[-1] or (self.fences and key in self.lost)
         ]
         if keys:
             with contextlib.suppress(TurnLost):
@@ -293,7 +301,7 @@ class RunStoreMachine(RuleBasedStateMachine):
     def reopen(self) -> None:
         """Close the store and open it again: what was running is lost."""
         self.do(self.store.close())
-        self.store = self.do(SQLiteStore.open(self.path))
+        self.store = self.do(self.stores.connect())
         self.lost = {turn.keys[-1] for model in self.runs.values() for turn in model.turns if turn.keys}
 
     @rule(crash=st.booleans(), may_repeat=st.booleans())
@@ -357,11 +365,21 @@ class RunStoreMachine(RuleBasedStateMachine):
             assert [run.id for run in page.runs] == expected[::-1]
 
 
-TestRunStoreMachine = RunStoreMachine.TestCase
-TestRunStoreMachine.settings = settings(
+class PostgresMachine(RunStoreMachine):
+    """The same over PostgreSQL."""
+
+    kind = "postgresql"
+    fences = True
+
+
+SETTINGS = settings(
     max_examples=40,
     stateful_step_count=30,
     deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
+TestRunStoreMachine = RunStoreMachine.TestCase
+TestRunStoreMachine.settings = SETTINGS
+TestPostgresMachine = PostgresMachine.TestCase
+TestPostgresMachine.settings = SETTINGS
