@@ -39,7 +39,7 @@ keys_app = typer.Typer(help="API keys: make, list and revoke them.", no_args_is_
 app.add_typer(keys_app, name="keys")
 
 _DATA_DIR = Path(".acp")
-_DEFAULTS = GatewayConfig(grpc_target="-", service_token="-", api_key="-")
+_DEFAULTS = GatewayConfig(grpc_target="127.0.0.1:0", service_token="-", api_key="-")
 
 Host = Annotated[str, typer.Option(envvar="ACP_HOST", help="Address to serve REST at.")]
 Port = Annotated[int, typer.Option(envvar="ACP_PORT", help="Port to serve REST at; 0 picks one.")]
@@ -143,7 +143,10 @@ def up(
 def serve(
     context: typer.Context,
     grpc_target: Annotated[
-        str, typer.Option(envvar="ACP_GRPC_TARGET", help="HOST:PORT of the runtime service.")
+        str,
+        typer.Option(
+            envvar="ACP_GRPC_TARGET", help="HOST:PORT of each runtime service, commas between; names are followed."
+        ),
     ] = "127.0.0.1:50051",
     service_token: Annotated[
         str, typer.Option(envvar="ACP_SERVICE_TOKEN", help="The runtime service's token.", show_default=False)

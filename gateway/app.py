@@ -1,4 +1,4 @@
-"""Composition: middleware, routes, health and metrics, and the lives of the channel and the streams."""
+"""Composition: middleware, routes, health and metrics, and the lives of the replicas and the streams."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
@@ -15,12 +15,15 @@ from gateway.handlers import Answer, RunHandlers
 from gateway.http_server import ROUTE_FINDER, GatewayRunner, HttpLimits, RouteFinder
 from gateway.logs import RequestLine, log_request
 from gateway.metrics import Metrics
+from gateway.replicas import Replicas
 from gateway.request_body import make_expect_handler
 from gateway.requests import begin_info, error_answer, from_http_exception
 from gateway.routes import match_path, run_routes
 from gateway.run_client import RunClient
 from gateway.streaming import OpenStreams
 
+# So long the gateway waits for the first runtime service before it takes requests.
+_FIRST_REPLICA_SECONDS = 1.0
 _QUIET = frozenset({"/health", "/health/live", "/metrics"})
 
 _Handler = Callable[[web.Request], Awaitable[Answer]]
@@ -33,18 +36,18 @@ class _Middleware(Protocol):
 def make_app(config: GatewayConfig) -> web.Application:
     """Build the application. Raises KeyFileError or ValueError for keys that cannot be used."""
     keys = KeyRing(config.keys_file, literal_key=config.api_key)
-    client = RunClient(config.grpc_target, config.service_token, config.max_calls, config.reconnect_seconds)
+    replicas = Replicas(config.grpc_target, config.service_token, config.max_calls, config.reconnect_seconds)
     streams = OpenStreams(config.heartbeat_seconds)
     metrics = Metrics(lambda: len(streams))
     middleware = _make_middleware(metrics)
     app = web.Application(middlewares=[middleware])  # type: ignore[list-item]  # its types know no JsonAnswer
     expect_handler = make_expect_handler(config.max_body_bytes)
-    for route in run_routes(RunHandlers(config, client, keys, streams, metrics)):
+    for route in run_routes(RunHandlers(config, RunClient(replicas), keys, streams, metrics)):
         app.router.add_route(route.method, route.path, route.handler, expect_handler=expect_handler)
     app[ROUTE_FINDER] = _make_route_finder(app, middleware)
 
     async def health(_: web.Request) -> web.Response:
-        ready = await client.is_serving()
+        ready = replicas.is_serving
         document = {"status": "ok" if ready else "unavailable", "ready": ready}
         return web.json_response(document, status=200 if ready else 503)
 
@@ -59,10 +62,11 @@ def make_app(config: GatewayConfig) -> web.Application:
     app.router.add_get("/metrics", metrics_text)
 
     async def lives(_: web.Application) -> AsyncIterator[None]:
-        client.start()
+        replicas.start()
         streams.start()
+        await replicas.wait_until_serving(_FIRST_REPLICA_SECONDS)
         yield
-        await client.close()
+        await replicas.close()
 
     async def end_streams(_: web.Application) -> None:
         await streams.stop()

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import msgspec
 
+from gateway.addresses import parse_targets
+
 
 class SettingError(ValueError):
     """A setting does not hold what it must; the message names it."""
@@ -14,8 +16,8 @@ class SettingError(ValueError):
 class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How a gateway runs. Times are seconds. Raises SettingError.
 
-    `grpc_target` is the runtime service's HOST:PORT. `wait_limit_seconds` bounds how long a start or continue waits
-    for the end of its turn.
+    `grpc_target` lists the runtime services, HOST:PORT each, commas between; a name stands for all its addresses.
+    `wait_limit_seconds` bounds how long a start or continue waits for the end of its turn.
     """
 
     grpc_target: str
@@ -47,8 +49,12 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"ACP_HOST {self.host} is not a loopback address, and the connection is not encrypted; "
                 "say --allow-plaintext if a proxy before the gateway ends TLS or the network is private"
             )
-        if not self.grpc_target:
-            raise SettingError("ACP_GRPC_TARGET must name the runtime service, such as 127.0.0.1:50051")
+        try:
+            parse_targets(self.grpc_target)
+        except ValueError as error:
+            raise SettingError(
+                f"ACP_GRPC_TARGET must list the runtime services, such as 127.0.0.1:50051,[::1]:50052: {error}"
+            ) from None
         if not self.service_token or not self.service_token.isascii() or not self.service_token.isprintable():
             raise SettingError("ACP_SERVICE_TOKEN must be the runtime service's token, printable ASCII")
         if self.keys_file is None and self.api_key is None:

@@ -1,4 +1,4 @@
-"""A runtime service that knows `RunService.Session` alone, and does on it what a test says."""
+"""A runtime service that knows `RunService.Session` and health alone, and does on it what a test says."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -8,7 +8,9 @@ from typing import Any, TypeAlias
 import grpc
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from gateway.replicas import Replicas
 from gateway.run_client import RunClient
 from protos.acp.runs.v1 import run_pb2 as pb
 from protos.acp.runs.v1 import run_service_pb2 as rpc
@@ -86,7 +88,8 @@ class FakeSession:
 class FakeService:
     """The service; it can be killed and started again at its port. `limits` is the hello of streams to come."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        self.host = host
         self.limits: rpc.SessionLimits | None = rpc.SessionLimits(
             max_calls=1_000, window_updates=WINDOW, max_message_bytes=8 << 20
         )
@@ -99,7 +102,7 @@ class FakeService:
     @property
     def target(self) -> str:
         """Where it is."""
-        return f"127.0.0.1:{self.port}"
+        return f"{self.host}:{self.port}"
 
     async def start(self) -> None:
         """Serve, again at the same port."""
@@ -113,8 +116,15 @@ class FakeService:
         methods = {"Session": session} if self.knows_session else {}
         handler = grpc.method_handlers_generic_handler("acp.runs.v1.RunService", methods)
         self._server.add_generic_rpc_handlers((handler,))
-        self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self.port = self._server.add_insecure_port(self.target)
         await self._server.start()
+
+    async def say(self, *, serving: bool) -> None:
+        """Say that it serves, which it does when it is started, or that it does not."""
+        states = health_pb2.HealthCheckResponse
+        await self._health.set("", states.SERVING if serving else states.NOT_SERVING)
 
     async def kill(self) -> None:
         """Cut every connection, as a process that dies does."""
@@ -136,13 +146,23 @@ class FakeService:
 @asynccontextmanager
 async def fake_service() -> AsyncIterator[FakeService]:
     """Serve until the test is over, and until nothing is left of it: gRPC would tell the next loop."""
-    before = asyncio.all_tasks()
-    service = FakeService()
-    await service.start()
-    try:
+    async with fake_services(1) as (service,):
         yield service
+
+
+@asynccontextmanager
+async def fake_services(count: int) -> AsyncIterator[list[FakeService]]:
+    """Serve as `fake_service` does, at the same port of this many addresses."""
+    before = asyncio.all_tasks()
+    services = [FakeService(f"127.0.0.{number}") for number in range(1, count + 1)]
+    for service in services:
+        service.port = services[0].port
+        await service.start()
+    try:
+        yield services
     finally:
-        await service.kill()
+        for service in services:
+            await service.kill()
     await eventually(lambda: asyncio.all_tasks() <= before)
 
 
@@ -151,12 +171,21 @@ async def client_of(
     service: FakeService, *, max_calls: int = 1_000, reconnect_seconds: float = 10.0
 ) -> AsyncIterator[RunClient]:
     """The gateway's client, connected to it."""
-    client = RunClient(service.target, TOKEN, max_calls, reconnect_seconds)
-    client.start()
+    async with replicas_at(service.target, max_calls=max_calls, reconnect_seconds=reconnect_seconds) as replicas:
+        yield RunClient(replicas)
+
+
+@asynccontextmanager
+async def replicas_at(
+    targets: str, *, max_calls: int = 1_000, reconnect_seconds: float = 10.0
+) -> AsyncIterator[Replicas]:
+    """The services at these targets, as the gateway knows them."""
+    replicas = Replicas(targets, TOKEN, max_calls, reconnect_seconds)
+    replicas.start()
     try:
-        yield client
+        yield replicas
     finally:
-        await client.close()
+        await replicas.close()
 
 
 def run_message(status: "pb.RunStatus.ValueType" = pb.RUN_STATUS_RUNNING, turn: int = 1) -> pb.Run:
