@@ -15,9 +15,11 @@ log = logging.getLogger(__name__)
 
 HealthStream: TypeAlias = "grpc.aio.UnaryStreamCall[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse]"
 
-# A replica tells changes by itself. One that hangs tells nothing; so it is asked anew, and has so long to answer.
+# A replica that serves tells when it does no more. One that hangs tells nothing; so it is asked anew, and has so long to
+# answer.
 _ASK_SECONDS = 3.0
 _ANSWER_SECONDS = 5.0
+# One that does not serve is asked this often; it may be about to stop, which a stream that is open would hold up.
 _PAUSE_SECONDS = 0.1
 
 
@@ -48,31 +50,31 @@ class HealthWatch:
     async def _live(self) -> None:
         while True:
             stream = self._open_stream()
-            heard = False
+            answered = False
             try:
                 async with asyncio.timeout(_ANSWER_SECONDS):
-                    heard = self._hear(await stream.read())
+                    self._hear(await stream.read())
+                answered = True
                 async with asyncio.timeout(_ASK_SECONDS):
-                    while heard:
-                        heard = self._hear(await stream.read())
+                    while self.is_serving:
+                        self._hear(await stream.read())
             except TimeoutError:
-                if not heard:
+                if not answered:
                     self._set(serving=False, silent=self.is_serving or self.is_silent)
             except grpc.aio.AioRpcError:
                 self._set(serving=False, silent=False)
-                heard = False
             finally:
                 stream.cancel()
-            if not heard:
+            if not self.is_serving:
                 await asyncio.sleep(_PAUSE_SECONDS)
 
-    def _hear(self, answer: object) -> bool:
-        """Take in what the replica says; return whether it says more."""
-        if not isinstance(answer, health_pb2.HealthCheckResponse):
-            self._set(serving=False, silent=False)
-            return False
-        self._set(serving=answer.status == health_pb2.HealthCheckResponse.SERVING, silent=False)
-        return True
+    def _hear(self, answer: object) -> None:
+        """Take in what the replica says; an end of the stream says that it serves no more."""
+        says_so = (
+            isinstance(answer, health_pb2.HealthCheckResponse)
+            and answer.status == health_pb2.HealthCheckResponse.SERVING
+        )
+        self._set(serving=says_so, silent=False)
 
     def _set(self, *, serving: bool, silent: bool) -> None:
         if (serving, silent) != (self.is_serving, self.is_silent):
