@@ -15,8 +15,8 @@ log = logging.getLogger(__name__)
 
 HealthStream: TypeAlias = "grpc.aio.UnaryStreamCall[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse]"
 
-# A replica that serves tells when it does no more. One that hangs tells nothing; so it is asked anew, and has so long to
-# answer.
+# A replica that serves tells when it does no more. One that hangs tells nothing; so it is asked anew this often, and
+# has so long to answer.
 _ASK_SECONDS = 3.0
 _ANSWER_SECONDS = 5.0
 # One that does not serve is asked this often; it may be about to stop, which a stream that is open would hold up.

@@ -8,6 +8,7 @@ import secrets
 from typing import NamedTuple
 
 from gateway.call import Call
+from gateway.idempotency import Repetition
 from gateway.replicas import Replicas
 from protos.acp.runs.v1 import run_pb2 as pb
 from protos.acp.runs.v1 import run_service_pb2 as rpc
@@ -67,12 +68,13 @@ class RunClient:
         mode: "pb.RunMode.ValueType",
         metadata: bytes | None,
         stream: rpc.StreamOptions,
+        repetition: Repetition | None = None,
     ) -> UpdateStream:
         """Start a run."""
         command = _command(context)
         if title is not None:
             command.start_run.title = title
-        return self._open_turn(command, command.start_run, target, input, mode, metadata, stream)
+        return self._open_turn(command, command.start_run, target, input, mode, metadata, stream, repetition)
 
     def continue_run(
         self,
@@ -84,11 +86,12 @@ class RunClient:
         mode: "pb.RunMode.ValueType",
         metadata: bytes | None,
         stream: rpc.StreamOptions,
+        repetition: Repetition | None = None,
     ) -> UpdateStream:
         """Open the next turn of a run."""
         command = _command(context)
         command.continue_run.run_id = run_id
-        return self._open_turn(command, command.continue_run, target, input, mode, metadata, stream)
+        return self._open_turn(command, command.continue_run, target, input, mode, metadata, stream, repetition)
 
     def _open_turn(
         self,
@@ -99,6 +102,7 @@ class RunClient:
         mode: "pb.RunMode.ValueType",
         metadata: bytes | None,
         stream: rpc.StreamOptions,
+        repetition: Repetition | None,
     ) -> UpdateStream:
         """Open a call by which a turn begins; `request` is the command's own."""
         _refer(request.server, target)
@@ -107,7 +111,7 @@ class RunClient:
         if metadata is not None:
             request.metadata_json = metadata
         request.stream.CopyFrom(stream)
-        request.request_id = next(self._request_ids)
+        self._identify(request, repetition)
         return UpdateStream(self.replicas.open(command, _stream_seconds(mode, stream)))
 
     def watch(self, context: CallContext, target: ServerTarget, run_id: str, after: int) -> UpdateStream:
@@ -165,12 +169,28 @@ class RunClient:
         request.wait_ms = int(wait_seconds * 1000)
         return (await self._answer(command, wait_seconds)).list_run_events
 
-    async def cancel(self, context: CallContext, target: ServerTarget, run_id: str) -> rpc.CancelRunResponse:
+    async def cancel(
+        self, context: CallContext, target: ServerTarget, run_id: str, repetition: Repetition | None = None
+    ) -> rpc.CancelRunResponse:
         """Cancel a run."""
         command = _command(context)
-        _refer(command.cancel_run.server, target)
-        command.cancel_run.run_id = run_id
+        request = command.cancel_run
+        _refer(request.server, target)
+        request.run_id = run_id
+        self._identify(request, repetition)
         return (await self._answer(command)).cancel_run
+
+    def _identify(
+        self,
+        request: rpc.StartRunRequest | rpc.ContinueRunRequest | rpc.CancelRunRequest,
+        repetition: Repetition | None,
+    ) -> None:
+        """Make a request safe to repeat: for its caller, who says by what, or for this gateway alone."""
+        if repetition is None:
+            request.request_id = next(self._request_ids)
+        else:
+            request.request_id = repetition.key
+            request.request_digest = repetition.digest
 
     async def _answer(self, command: rpc.SessionCommand, wait_seconds: float = 0) -> rpc.SessionUpdate:
         call = self.replicas.open(command, _UNARY_SECONDS + wait_seconds)

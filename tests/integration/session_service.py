@@ -188,9 +188,14 @@ async def replicas_at(
         await replicas.close()
 
 
-def run_message(status: "pb.RunStatus.ValueType" = pb.RUN_STATUS_RUNNING, turn: int = 1) -> pb.Run:
+def run_message(
+    status: "pb.RunStatus.ValueType" = pb.RUN_STATUS_RUNNING, turn: int = 1, run_id: str = "run_1"
+) -> pb.Run:
     """A run in this status."""
-    return pb.Run(id="run_1", server_id="echo", turn=turn, status=status)
+    return pb.Run(id=run_id, server_id="echo", turn=turn, status=status, mode=pb.RUN_MODE_SYNC)
+
+
+THREAD = pb.Thread(id="thread_1", status=pb.THREAD_STATUS_ACTIVE)
 
 
 def news(
@@ -198,11 +203,15 @@ def news(
 ) -> rpc.RunUpdate:
     """An update with these events, the run where a status is given, and the delta."""
     update = rpc.RunUpdate(
-        events=[pb.RunEvent(sequence=number, content=f"event {number}") for number in sequences], delta=delta
+        events=[
+            pb.RunEvent(sequence=number, content=f"event {number}", role=pb.EVENT_ROLE_ASSISTANT)
+            for number in sequences
+        ],
+        delta=delta,
     )
     if status is not None:
         update.run.CopyFrom(run_message(status))
-        update.thread.id = "thread_1"
+        update.thread.CopyFrom(THREAD)
     return update
 
 
@@ -221,13 +230,16 @@ def answer_to(command: rpc.SessionCommand) -> rpc.SessionUpdate:
     update = rpc.SessionUpdate(call=command.call, last=True)
     match command.WhichOneof("operation"):
         case "get_run":
-            update.get_run.run.id = command.get_run.run_id
+            update.get_run.run.CopyFrom(run_message(run_id=command.get_run.run_id))
+            update.get_run.thread.CopyFrom(THREAD)
         case "list_runs":
             update.list_runs.agent_runtime_id = command.list_runs.server.id
         case "list_run_events":
-            update.list_run_events.run.id = command.list_run_events.run_id
+            update.list_run_events.run.CopyFrom(run_message(run_id=command.list_run_events.run_id))
+            update.list_run_events.thread.CopyFrom(THREAD)
         case "cancel_run":
-            update.cancel_run.run.id = command.cancel_run.run_id
+            update.cancel_run.run.CopyFrom(run_message(pb.RUN_STATUS_CANCELLED, run_id=command.cancel_run.run_id))
+            update.cancel_run.thread.CopyFrom(THREAD)
         case other:
             raise AssertionError(f"{other} has no one answer")
     return update

@@ -15,6 +15,7 @@ from gateway.run_client import CallContext, RunClient, ServerTarget, UpdateStrea
 from protos.acp.runs.v1 import run_pb2 as pb
 from protos.acp.runs.v1 import run_service_pb2 as rpc
 from tests.integration.session_service import (
+    THREAD,
     WINDOW,
     FakeService,
     FakeSession,
@@ -24,6 +25,7 @@ from tests.integration.session_service import (
     fake_service,
     last_of,
     news,
+    run_message,
     update_of,
 )
 from tests.support import eventually, run_async
@@ -462,8 +464,8 @@ def log_from(after: int, chunk: int) -> list[rpc.RunUpdate]:
     numbers = list(range(after + 1, 7))
     updates = [news(*numbers[first : first + chunk]) for first in range(0, len(numbers), chunk)] or [news()]
     for update, status in ((updates[0], RUNNING), (updates[-1], COMPLETED)):
-        update.run.CopyFrom(pb.Run(id="run_1", turn=1, status=status))
-        update.thread.id = "thread_1"
+        update.run.CopyFrom(run_message(status))
+        update.thread.CopyFrom(THREAD)
     return updates
 
 

@@ -39,6 +39,7 @@ KNOW_NO_AIOHTTP = {
     "config",
     "errors",
     "health",
+    "idempotency",
     "metrics",
     "preferences",
     "replicas",
