@@ -35,13 +35,13 @@ class FakeSession:
 
     async def take(self, operation: str) -> rpc.SessionCommand:
         """The next command, which is this one."""
-        command = await self._next()
+        command = await self.take_next()
         assert command.WhichOneof("operation") == operation, command
         return command
 
     async def take_calls(self, count: int) -> dict[str, rpc.SessionCommand]:
         """The next commands by their operation, of which each is another."""
-        commands = [await self._next() for _ in range(count)]
+        commands = [await self.take_next() for _ in range(count)]
         found: dict[str, rpc.SessionCommand] = {str(command.WhichOneof("operation")): command for command in commands}
         assert len(found) == count
         return found
@@ -50,7 +50,8 @@ class FakeSession:
         """Take nothing more that is about this call."""
         self._ignored.add(command.call)
 
-    async def _next(self) -> rpc.SessionCommand:
+    async def take_next(self) -> rpc.SessionCommand:
+        """The next command."""
         while (command := await self._commands.get()).call in self._ignored:
             pass
         return command

@@ -10,6 +10,8 @@ class Wire:
         self.port = 0
         self.swallowed = 0
         self._swallows: tuple[str, ...] = ()
+        self._passing = asyncio.Event()
+        self._passing.set()
         self._connections: set[_Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._target: tuple[str, int]
@@ -34,8 +36,17 @@ class Wire:
     def cut(self) -> None:
         """Break every connection, with what is under way on it; the next ones let everything through."""
         self._swallows = ()
+        self.release()
         for connection in self._connections:
             connection.cut()
+
+    def hold(self) -> None:
+        """Hold everything back until the release, as a process does that is stopped."""
+        self._passing.clear()
+
+    def release(self) -> None:
+        """Pass on what was held back."""
+        self._passing.set()
 
     def swallow(self, *, answers_only: bool = False) -> None:
         """Let nothing through any more, or no answers, until the cut; `swallowed` counts bytes."""
@@ -67,6 +78,7 @@ class Wire:
     ) -> None:
         try:
             while data := await reader.read(1 << 16):
+                await self._passing.wait()
                 if way in connection.swallows:
                     self.swallowed += len(data)
                 else:

@@ -30,7 +30,22 @@ def test_defaults_are_those_of_the_contract() -> None:
         ({"host": "0.0.0.0"}, "ACP_HOST"),
         ({"host": "::"}, "ACP_HOST"),
         ({"host": "example.org"}, "ACP_HOST"),
-        ({"grpc_target": ""}, "ACP_GRPC_TARGET"),
+        *(
+            ({"grpc_target": target}, "ACP_GRPC_TARGET")
+            for target in (
+                "",
+                "host",
+                "host:",
+                ":1",
+                "host:x",
+                "host:65536",
+                "a:1,",
+                "a:1,b",
+                "::1:1",
+                "[::1]",
+                "a b:1",
+            )
+        ),
         ({"service_token": ""}, "ACP_SERVICE_TOKEN"),
         ({"service_token": "tökèn"}, "ACP_SERVICE_TOKEN"),
         ({"service_token": "a\nb"}, "ACP_SERVICE_TOKEN"),
@@ -68,6 +83,7 @@ def test_setting_that_cannot_be_is_named(settings: dict[str, Any], name: str) ->
         {"host": "localhost"},
         {"host": "127.8.9.10"},
         {"port": 0},
+        {"grpc_target": "a.example:50051,b.example:50052, 10.0.0.1:1,[::1]:2"},
         {"api_key": None, "keys_file": Path("keys.json")},
         {"drain_seconds": 0},
     ],
