@@ -640,7 +640,7 @@ def test_readiness_is_that_of_any_replica(tmp_path: Path) -> None:
 
             assert await is_ready()
             await services[0].say(serving=False)
-            assert await is_ready()
+            await until(is_ready)
             await services[1].say(serving=False)
             await until(is_unready)
             await services[0].say(serving=True)
