@@ -17,7 +17,8 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How a gateway runs. Times are seconds. Raises SettingError.
 
     `grpc_target` lists the runtime services, HOST:PORT each, commas between; a name stands for all its addresses.
-    `wait_limit_seconds` bounds how long a start or continue waits for the end of its turn.
+    `wait_limit_seconds` bounds how long a start or continue waits for the end of its turn. A gateway that stops says so
+    for `drain_delay_seconds` before it takes no more connections; then what is under way has `drain_seconds`.
     """
 
     grpc_target: str
@@ -39,6 +40,7 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_connections: int = 10_000
     max_calls: int = 4_096
     reconnect_seconds: float = 5.0
+    drain_delay_seconds: float = 0.0
     drain_seconds: float = 10.0
 
     def __post_init__(self) -> None:
@@ -72,8 +74,9 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
         ):
             if not 0 < getattr(self, name) < math.inf:
                 raise SettingError(f"ACP_{name.upper()} must be more than 0")
-        if not 0 <= self.drain_seconds < math.inf:
-            raise SettingError("ACP_DRAIN_SECONDS must be 0 or more")
+        for name in ("drain_delay_seconds", "drain_seconds"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise SettingError(f"ACP_{name.upper()} must be 0 or more")
 
 
 def is_loopback(host: str) -> bool:

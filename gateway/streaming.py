@@ -235,8 +235,8 @@ class OpenStreams:
         """Start the clock."""
         self._clock = asyncio.create_task(self._tick())
 
-    async def stop(self) -> None:
-        """End every stream with `stream.error`, code DRAINING."""
+    def stop(self) -> None:
+        """End every stream with `stream.error`, code DRAINING; one that is still to come, behind its first update."""
         self._stopping = True
         if self._clock is not None:
             self._clock.cancel()
@@ -254,6 +254,8 @@ class OpenStreams:
 
         def response(first: rpc.RunUpdate) -> web.StreamResponse:
             status, headers = begin(first)
+            if self._stopping:
+                relay.stop()
             return web.StreamResponse(
                 status=status,
                 headers={
@@ -264,9 +266,6 @@ class OpenStreams:
                 },
             )
 
-        if self._stopping:
-            updates.stop()
-            raise _draining()
         relay = StreamRelay(request, updates, Frames(form))
         self._open.add(relay)
         try:

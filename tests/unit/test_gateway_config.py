@@ -65,8 +65,11 @@ def test_defaults_are_those_of_the_contract() -> None:
             )
             for value in (0, -1, float("nan"), float("inf"))
         ),
-        ({"drain_seconds": -1}, "ACP_DRAIN_SECONDS"),
-        ({"drain_seconds": float("nan")}, "ACP_DRAIN_SECONDS"),
+        *(
+            ({name: value}, f"ACP_{name.upper()}")
+            for name in ("drain_delay_seconds", "drain_seconds")
+            for value in (-1, float("nan"), float("inf"))
+        ),
     ],
 )
 def test_setting_that_cannot_be_is_named(settings: dict[str, Any], name: str) -> None:
