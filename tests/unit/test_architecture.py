@@ -32,19 +32,25 @@ DRIVERS = {"apsw", "asyncpg", "sqlite3"}
 
 # Modules of the gateway that could serve another HTTP library as they are.
 KNOW_NO_AIOHTTP = {
+    "addresses",
     "auth",
     "bodies",
+    "call",
+    "channel",
     "codec",
     "config",
     "errors",
+    "health",
+    "idempotency",
     "metrics",
     "preferences",
+    "replicas",
     "run_client",
     "schema",
     "session",
 }
-GATEWAY_KNOW_GRPC = {"errors", "run_client", "session"}
-GATEWAY_KNOW_PROTOS = {"codec", "handlers", "run_client", "session", "streaming"}
+GATEWAY_KNOW_GRPC = {"channel", "errors", "health", "replicas", "session"}
+GATEWAY_KNOW_PROTOS = {"call", "channel", "codec", "handlers", "replicas", "run_client", "session", "streaming"}
 
 
 def modules_of(package: str) -> dict[str, Path]:
@@ -169,7 +175,7 @@ def test_only_the_registry_names_kinds_of_agents() -> None:
 
 @pytest.mark.parametrize("module", GATEWAY)
 def test_gateway_knows_http_and_grpc_in_few_places(module: str) -> None:
-    """The pure modules know no aiohttp; only the client of the RunService uses its stub."""
+    """The pure modules know no aiohttp; only the channel uses stubs."""
     imported = imports_of(GATEWAY[module])
     name = module.rpartition(".")[2]
     if name in KNOW_NO_AIOHTTP:
@@ -178,7 +184,7 @@ def test_gateway_knows_http_and_grpc_in_few_places(module: str) -> None:
         assert not roots(imported) & {"grpc", "grpc_health", "google"}
     if name not in GATEWAY_KNOW_PROTOS:
         assert "protos" not in roots(imported)
-    if name != "run_client":
+    if name != "channel":
         assert not any("_pb2_grpc" in each for each in imported)
 
 
