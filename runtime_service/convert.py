@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from protos.acp.runs.v1 import run_pb2 as pb
 from protos.acp.runs.v1 import run_service_pb2 as rpc
-from runtime_service.event_log import Update
+from runtime_service.live_run import Delta, Update
 from runtime_service.runs import EventRole, LogLevel, Run, RunEvent, RunMode, RunStatus
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ _STATUS_BACK = {number: status for status, number in _STATUS.items()}
 _MODE = {mode: pb.RunMode.Value(f"RUN_MODE_{mode.name}") for mode in RunMode}
 _ROLE = {role: pb.EventRole.Value(f"EVENT_ROLE_{role.name}") for role in EventRole}
 _LEVEL = {level: pb.LogLevel.Value(f"LOG_LEVEL_{level.name}") for level in LogLevel}
+_ROLE_BACK = {number: role for role, number in _ROLE.items()}
+_LEVEL_BACK = {number: level for level, number in _LEVEL.items()}
 _THREAD_STATUS = {
     RunStatus.QUEUED: pb.THREAD_STATUS_ACTIVE,
     RunStatus.RUNNING: pb.THREAD_STATUS_RUNNING,
@@ -107,6 +109,25 @@ def fill_update(message: rpc.RunUpdate, run: Run, update: Update, session_protoc
     add_events(message.events, run, update.events)
     if update.delta is not None:
         message.delta.sequence, message.delta.offset, message.delta.text = update.delta
+
+
+def update_from(message: rpc.RunUpdate, run: Run) -> Update:
+    """Return the update of a message about `run`; of the run itself, no more than that it is shown again."""
+    delta = Delta(*[getattr(message.delta, name) for name in Delta._fields]) if message.HasField("delta") else None
+    return Update(run if message.HasField("run") else None, tuple([_event_from(e) for e in message.events]), delta)
+
+
+def _event_from(message: pb.RunEvent) -> RunEvent:
+    return RunEvent(
+        message.sequence,
+        message.turn,
+        _ROLE_BACK[message.role],
+        message.content,
+        message.created_at_unix_ms,
+        message.log_type or None,
+        _LEVEL_BACK.get(message.log_level),
+        message.metadata_json or None,
+    )
 
 
 def run_mode(mode: pb.RunMode.ValueType) -> RunMode:

@@ -10,208 +10,46 @@ Knows the store and the domain; neither agents nor gRPC.
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import NamedTuple
+from collections.abc import AsyncGenerator, Awaitable, Callable, Container
+from contextlib import aclosing
+from typing import Protocol
 
 import msgspec
 
-from runtime_service.errors import Draining
+from runtime_service.errors import Draining, StoreUnavailable
+from runtime_service.live_run import Draft, DraftCursor, Feed, LiveRun, Update
 from runtime_service.runs import TERMINAL, Run, RunEvent, RunStatus
 from runtime_service.store.base import Change, RunStore
 
 # An update holds no more: who sends it, and who takes it in, has others to serve. And a follower that has to wait
 # holds one.
 _UPDATE_EVENTS = 128
-_UPDATE_SIZE = 1 << 15  # as _TAIL_SIZE
+_UPDATE_SIZE = 1 << 15  # of content in code points and of metadata in bytes
 _COLLECTED_EVENTS = 1_000
 _COLLECTED_SIZE = 1 << 18
-_TAIL_EVENTS = 1_000
-_TAIL_SIZE = 1 << 18  # of content in code points and of metadata in bytes
-_VIEWS = 32
-
-
-class Delta(NamedTuple):
-    """A piece of the text of event `sequence`, from `offset` code points on."""
-
-    sequence: int
-    offset: int
-    text: str
-
-
-class Update(msgspec.Struct, frozen=True):
-    """What is new to a follower; `run` is set on the first update, when its status changed, and on the last."""
-
-    run: Run | None = None
-    events: tuple[RunEvent, ...] = ()
-    delta: Delta | None = None
+_FEED_PAUSE_SECONDS = 1.0
 
 
 class FollowOptions(msgspec.Struct, frozen=True):
-    """`turn`: end with that turn, not with the run. `wait_seconds`: end then, whatever there is."""
+    """`turn`: end with that turn, not with the run. `wait_seconds`: end then, whatever there is.
+
+    `relayed`: for another process of the same store, which is to hear no more than what is known here.
+    """
 
     turn: int | None = None
     deltas: bool = False
     wait_seconds: float | None = None
+    relayed: bool = False
 
 
-class Draft:
-    """The text of an event that is not complete yet, in the pieces in which it came.
+class Peers(Protocol):
+    """The other processes over the same store."""
 
-    `sequence` is the one that the event will have, as far as is known; `size` counts its bytes in UTF-8.
-    """
+    def follow(self, address: str, run: Run, after: int) -> AsyncGenerator[Update]:
+        """Yield what the process at `address` says of a run from behind a sequence, deltas included.
 
-    __slots__ = ("parts", "sequence", "size")
-
-    def __init__(self) -> None:
-        self.sequence = 0
-        self.parts: list[str] = []
-        self.size = 0
-
-    @property
-    def text(self) -> str:
-        """The text so far."""
-        return "".join(self.parts)
-
-
-class _DraftCursor:
-    """How much of which draft a follower has had."""
-
-    __slots__ = ("draft", "offset", "part", "sequence")
-
-    def __init__(self) -> None:
-        self.draft: Draft | None = None
-        self.sequence = self.part = self.offset = 0
-
-    def advance(self, draft: Draft | None) -> Delta | None:
-        if draft is None:
-            return None
-        if draft is not self.draft or draft.sequence != self.sequence:
-            self.draft, self.sequence = draft, draft.sequence
-            self.part = self.offset = 0
-        if self.part == len(draft.parts):
-            return None
-        text = "".join(draft.parts[self.part :])
-        delta = Delta(self.sequence, self.offset, text)
-        self.part = len(draft.parts)
-        self.offset += len(text)
-        return delta
-
-
-class LiveRun:
-    """What is known here of a run that is executed or followed here.
-
-    `views` holds the run as it shows each turn (0: its latest), as far as known; a view that is missing is read
-    from the store. `last_sequence` is the newest that was published.
-    """
-
-    __slots__ = ("_collectors", "_followers", "draft", "held", "last_sequence", "tail", "tail_size", "version", "views")
-
-    def __init__(self) -> None:
-        self._followers: dict[asyncio.Event, bool] = {}  # whether it wants deltas
-        self._collectors: list[asyncio.Future[bool]] = []
-        self.held = 0
-        self.views: dict[int, Run] = {}
-        self.version = 0
-        self.last_sequence = 0
-        self.tail: list[RunEvent] = []
-        self.tail_size = 0
-        self.draft: Draft | None = None
-
-    def publish(self, change: Change) -> None:
-        run = change.run
-        self.views[run.turn.number] = run
-        if run.turn.number == run.last_turn:
-            self.views[0] = run
-        if len(self.views) > _VIEWS:
-            del self.views[min(number for number in self.views if number)]
-        self.last_sequence = max(self.last_sequence, run.last_sequence)
-        self.version += 1
-        tail = self.tail
-        if tail and change.events and change.events[0].sequence != tail[-1].sequence + 1:
-            tail.clear()
-            self.tail_size = 0
-        tail += change.events
-        self.tail_size += sum([_size(event) for event in change.events])
-        if len(tail) > _TAIL_EVENTS or self.tail_size > _TAIL_SIZE:
-            self._shorten_tail()
-        for woken in self._followers:
-            woken.set()
-        if self._collectors and run.status in TERMINAL:
-            self._wake_collectors()
-
-    def _shorten_tail(self) -> None:
-        tail, drop = self.tail, 0
-        while len(tail) - drop > _TAIL_EVENTS or (self.tail_size > _TAIL_SIZE and len(tail) - drop > 1):
-            self.tail_size -= _size(tail[drop])
-            drop += 1
-        del tail[:drop]
-
-    def add_follower(self, woken: asyncio.Event, *, deltas: bool) -> None:
-        """Set `woken` from now on when something changed; with `deltas` also when the draft has grown."""
-        self._followers[woken] = deltas
-
-    def remove_follower(self, woken: asyncio.Event) -> None:
-        """Undo `add_follower`."""
-        del self._followers[woken]
-
-    async def wait_for_end(self, deadline: float | None) -> bool:
-        """Wait until a turn is settled or `wake` is called; return whether the loop's time `deadline` came first."""
-        loop = asyncio.get_running_loop()
-        woken: asyncio.Future[bool] = loop.create_future()
-        timer = None if deadline is None else loop.call_at(deadline, _wake, woken, True)
-        self._collectors.append(woken)
-        try:
-            return await woken
-        finally:
-            self._collectors.remove(woken)
-            if timer is not None:
-                timer.cancel()
-
-    def wake(self) -> None:
-        """Wake all that wait."""
-        for woken in self._followers:
-            woken.set()
-        self._wake_collectors()
-
-    def _wake_collectors(self) -> None:
-        for woken in self._collectors:
-            _wake(woken, False)
-
-    def show_draft(self, draft: Draft | None) -> None:
-        """Set the event in the making, or tell that it has grown."""
-        self.draft = draft
-        for woken, deltas in self._followers.items():
-            if deltas:
-                woken.set()
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether nobody executes or follows the run here."""
-        return not self.held and not self._followers
-
-    def tail_after(self, sequence: int, limit: int, limit_size: int) -> tuple[RunEvent, ...]:
-        """Return the next events after `sequence`, at least one, if the tail reaches back that far, else nothing."""
-        tail = self.tail
-        if not tail or tail[0].sequence > sequence + 1:
-            return ()
-        skip = sequence + 1 - tail[0].sequence
-        events = tail[skip : skip + limit]
-        size = count = 0
-        for event in events:
-            size += _size(event)
-            if size > limit_size and count:
-                break
-            count += 1
-        return tuple(events[:count])
-
-
-def _wake(waiting: asyncio.Future[bool], expired: bool) -> None:
-    if not waiting.done():
-        waiting.set_result(expired)
-
-
-def _size(event: RunEvent) -> int:
-    return len(event.content) + (len(event.metadata) if event.metadata else 0)
+        Of an update's run nothing is told but that there is one. Ends when it has no more to say, also by an error.
+        """
 
 
 class _Held:
@@ -233,8 +71,9 @@ class _Held:
 class EventLog:
     """All followers of all runs in this process."""
 
-    def __init__(self, store: RunStore) -> None:
+    def __init__(self, store: RunStore, peers: Peers | None = None) -> None:
         self._store = store
+        self._peers = peers
         self._live: dict[str, LiveRun] = {}
         self._closed = False
 
@@ -266,8 +105,20 @@ class EventLog:
         """As `publish`, for a change that settled other turns of the run, too: their views are read again."""
         live = self._live.get(change.run.id)
         if live is not None:
-            live.views.clear()
+            live.doubt()
             live.publish(change)
+
+    def doubt(self, run_id: str) -> None:
+        """Have those who follow the run look at the store: it was written to by others."""
+        live = self._live.get(run_id)
+        if live is not None:
+            live.doubt()
+
+    def doubt_all(self, but: Container[str]) -> None:
+        """As `doubt`, for all runs of which nobody tells here; not for those in `but`."""
+        for run_id, live in self._live.items():
+            if live.feed is None and run_id not in but:
+                live.doubt()
 
     def close(self) -> None:
         """End every follower with Draining."""
@@ -296,14 +147,16 @@ class EventLog:
             deadline = loop.time() + options.wait_seconds
             timer = loop.call_at(deadline, expire)
         cursor = after
-        drafts = _DraftCursor()
+        drafts = DraftCursor()
         told: tuple[int, RunStatus] | None = None
         try:
             while True:
                 woken.clear()
-                view = live.views.get(options.turn or 0) or await self._read_view(live, run, options.turn)
+                view = live.view(options.turn or 0) or await self._read_view(live, run, options.turn)
                 if self._closed:
                     raise Draining
+                if not options.relayed:
+                    self._see_to_feed(live, view)
                 # Behind the end of the caller's turn the log may have grown already: that is not for this stream.
                 over = view.status in TERMINAL or loop.time() >= deadline
                 settled = options.turn is not None and view.status in TERMINAL
@@ -371,9 +224,10 @@ class EventLog:
         deadline = None if wait_seconds is None else asyncio.get_running_loop().time() + wait_seconds
         expired = False
         while True:
-            view = live.views.get(number) or await self._read_view(live, run, number)
+            view = live.view(number) or await self._read_view(live, run, number)
             if self._closed:
                 raise Draining
+            self._see_to_feed(live, view)
             if expired or view.status in TERMINAL:
                 return view
             expired = await live.wait_for_end(deadline)
@@ -387,14 +241,61 @@ class EventLog:
 
     async def _read_view(self, live: LiveRun, run: Run, turn: int | None) -> Run:
         while True:
-            version = live.version
-            view = await self._store.get_run(run.organization, run.server_id, run.id, turn)
-            if live.version == version:
-                live.views[turn or 0] = view
+            doubts = live.doubts
+            read = await self._store.get_run(run.organization, run.server_id, run.id, turn)
+            if (view := live.read(turn or 0, read, doubts)) is not None:
                 return view
-            if (known := live.views.get(turn or 0)) is not None:
-                return known
 
     def _forget_if_idle(self, run_id: str, live: LiveRun) -> None:
         if live.is_idle and self._live.get(run_id) is live:
             del self._live[run_id]
+            _end_feed(live)
+
+    # Runs that are executed elsewhere
+
+    def _see_to_feed(self, live: LiveRun, view: Run) -> None:
+        """Listen to the process that executes the run, if that is another one."""
+        if live.feed is None or live.feed.address != view.holder:
+            _end_feed(live)
+            if view.holder is not None and self._peers is not None:
+                task = asyncio.create_task(self._take_from(self._peers, live, view, view.holder))
+                live.feed = Feed(view.holder, task)
+
+    async def _take_from(self, peers: Peers, live: LiveRun, run: Run, address: str) -> None:
+        """Make what a peer says of a run known to those who follow it here, to its end; they look at the store then."""
+        draft: Draft | None = None
+        try:
+            async with aclosing(peers.follow(address, run, run.last_sequence)) as updates:
+                async for update in updates:
+                    live.hear(update.events)
+                    if draft is not None and draft.sequence <= live.last_sequence:
+                        _show_instead(live, draft, None)
+                        draft = None
+                    if update.delta is not None:
+                        sequence, offset, text = update.delta
+                        shown = draft
+                        if draft is None or not offset:
+                            draft = Draft(sequence)
+                        draft.parts.append(text)
+                        _show_instead(live, shown, draft)
+                    if update.run is not None:
+                        live.doubt()
+            # The peer has said it all, or cannot be reached: the store knows who is next, by and by.
+            await asyncio.sleep(_FEED_PAUSE_SECONDS)
+        finally:
+            _show_instead(live, draft, None)
+            if live.feed is not None and live.feed.task is asyncio.current_task():
+                live.feed = None
+        live.doubt()
+
+
+def _show_instead(live: LiveRun, old: Draft | None, new: Draft | None) -> None:
+    """Show a draft in the place of another one, unless that is not what is shown: the run is executed here by now."""
+    if live.draft is old:
+        live.show_draft(new)
+
+
+def _end_feed(live: LiveRun) -> None:
+    if live.feed is not None:
+        live.feed.task.cancel()
+        live.feed = None

@@ -16,7 +16,7 @@ import msgspec
 from runtime_service.agent_events import storable
 from runtime_service.agents import AgentError, AgentOutput, AgentSays, Delta, HistoryMessage, Message, TurnContext
 from runtime_service.errors import StoreUnavailable
-from runtime_service.event_log import LiveRun
+from runtime_service.live_run import LiveRun
 from runtime_service.registry import Server
 from runtime_service.runs import EventDraft, LogLevel, Run, RunStatus
 from runtime_service.speech import Speech

@@ -12,7 +12,7 @@ from protos.acp.runs.v1 import run_pb2 as pb
 from protos.acp.runs.v1 import run_service_pb2 as rpc
 from runtime_service.convert import add_events, fill_run, fill_state, fill_thread, fill_update, run_mode, run_status
 from runtime_service.errors import InvalidRequest
-from runtime_service.event_log import EventLog, FollowOptions, Update
+from runtime_service.event_log import EventLog, FollowOptions
 from runtime_service.executor import Executor
 from runtime_service.registry import Registry, Server
 from runtime_service.runs import TERMINAL, Run, RunMode, RunStatus, new_run_id, now_ms

@@ -6,7 +6,7 @@ is complete by that time was never a draft.
 
 from runtime_service.agent_events import MAX_EVENT_BYTES, event_from, size_of, storable, too_large, utf8_bytes
 from runtime_service.agents import AgentOutput, Delta, Message
-from runtime_service.event_log import Draft, LiveRun
+from runtime_service.live_run import Draft, LiveRun
 from runtime_service.runs import EventDraft, EventRole
 from runtime_service.store.base import incomplete_event
 

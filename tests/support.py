@@ -18,9 +18,10 @@ from runtime_service.event_log import EventLog
 from runtime_service.executor import Executor, ExecutorLimits
 from runtime_service.registry import Registry, Server
 from runtime_service.runs import TERMINAL, EventDraft, EventRole, Run, RunEvent, RunMode, RunStatus, new_run_id, now_ms
-from runtime_service.store.base import NewRun, NewTurn, RunStore, TurnKey
+from runtime_service.store.base import Cancel, NewRun, NewTurn, RunStore, TurnKey
 from runtime_service.store.group_commit import GroupCommitWriter
 from runtime_service.store.sqlite import SQLiteStore
+from runtime_service.validation import checked_request
 
 LIMIT_SECONDS = 20.0
 ORGANIZATION = "default"
@@ -137,14 +138,22 @@ def new_run(
     request_id: str | None = None,
 ) -> NewRun:
     """A run to be accepted."""
-    return NewRun(new_run_id(), organization, server_id, text, mode, now_ms(), title, metadata, request_id)
+    request = checked_request(request_id or "", b"", "start", server_id, text, title, metadata)
+    return NewRun(new_run_id(), organization, server_id, text, mode, now_ms(), title, metadata, request)
 
 
 def next_turn(
     run: Run | NewRun, text: str = "more", *, metadata: bytes | None = None, request_id: str | None = None
 ) -> NewTurn:
     """The next input of a run."""
-    return NewTurn(run.organization, run.server_id, run.id, text, RunMode.SYNC, now_ms(), metadata, request_id)
+    request = checked_request(request_id or "", b"", "continue", run.server_id, run.id, text, metadata)
+    return NewTurn(run.organization, run.server_id, run.id, text, RunMode.SYNC, now_ms(), metadata, request)
+
+
+def cancel_of(run: Run | NewRun, *, request_id: str | None = None) -> Cancel:
+    """The cancel of a run."""
+    request = checked_request(request_id or "", b"", "cancel", run.server_id, run.id)
+    return Cancel(run.organization, run.server_id, run.id, request)
 
 
 def key_of(run: Run) -> TurnKey:

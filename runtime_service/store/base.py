@@ -190,10 +190,16 @@ class RunStore(Protocol):
         """Return what an earlier request of the same id gave, None where there is none. Raises RequestIdReused."""
 
     def delete_runs(self, before_ms: int, limit: int) -> Awaitable[Deleted]:
-        """Delete the oldest runs that have no open turn and were last written to before a time, at most `limit`."""
+        """Delete runs that have no open turn and were last written to before a time, those accepted first before others.
+
+        One transaction of about `limit` rows at most, in which a row counts once more for each 4 KiB that it holds. A
+        run goes at once and whole: nothing of it is found any more, and its requests are as unknown ones. Of a long run
+        rows may be left behind, which are deleted, and counted, by the next calls. To be asked for again with the same
+        time until nothing is counted: then no such run is left but what became one meanwhile, and may be found later.
+        """
 
     def delete_requests(self, before_ms: int, limit: int) -> Awaitable[int]:
-        """Forget the requests made before a time, at most `limit`; return how many."""
+        """Forget requests made before a time, the oldest first, at most `limit`; return how many, 0 when none is left."""
 
     async def count_queued(self) -> int:
         """Count the turns that wait."""

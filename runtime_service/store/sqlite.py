@@ -27,11 +27,11 @@ from runtime_service.runs import (
 )
 from runtime_service.store import sqlite_rows as rows
 from runtime_service.store import sqlite_writes as writes
-from runtime_service.store.base import Change, NewRun, NewTurn, Outcome, RunPage, TurnKey
+from runtime_service.store.base import Cancel, Change, NewRun, NewTurn, Outcome, RunPage, StoreListener, TurnKey
 from runtime_service.store.group_commit import GroupCommitWriter
 from runtime_service.store.sqlite_turns import RunningTurns
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _READERS = 2
 _BUSY_MS = 5_000
 
@@ -44,6 +44,8 @@ class SQLiteStore:
     def __init__(self, path: Path, connection: apsw.Connection, lock_file: int) -> None:
         self._path = path
         self._connection = connection
+        # What an earlier process left running: all that is running now, as nobody has asked for anything yet.
+        self._left = frozenset(rows.execute(connection, "running_turns", ()))
         self._turns = RunningTurns(connection)
         self._writer = GroupCommitWriter(connection, self._turns)
         self._lock_file = lock_file
@@ -62,10 +64,10 @@ class SQLiteStore:
         try:
             connection = _connect(path)
             _prepare_schema(connection, path)
+            return cls(path, connection, lock_file)
         except BaseException:
             os.close(lock_file)
             raise
-        return cls(path, connection, lock_file)
 
     async def close(self) -> None:
         """Finish the writes that were asked for, then close."""
@@ -79,6 +81,14 @@ class SQLiteStore:
         lock_file, self._lock_file = self._lock_file, -1
         with suppress(OSError):  # closed before
             os.close(lock_file)
+
+    # Other processes: there are none, the file is this one's alone
+
+    def listen(self, listener: StoreListener) -> None:
+        """Tell nothing: nobody else writes to the file, and what this process holds it cannot lose."""
+
+    async def renew(self) -> None:
+        """Do nothing: what is held is held until `close`."""
 
     # Writes
 
@@ -113,33 +123,33 @@ class SQLiteStore:
         """Give a running turn back to the queue."""
         return self._submit(key.run_id, lambda db: writes.release_turn(db, key, events))
 
-    def cancel_run(
-        self,
-        organization: str,
-        server_id: str,
-        run_id: str,
-        events: Sequence[EventDraft],
-        output: str | None,
-    ) -> Awaitable[Change]:
+    def cancel_run(self, cancel: Cancel, events: Sequence[EventDraft], output: str | None) -> Awaitable[Change]:
         """Settle every open turn as cancelled."""
-        return self._submit(
-            run_id,
-            lambda db: writes.cancel_run(db, rows.run_key(db, organization, server_id, run_id), events, output),
-        )
+        return self._submit(cancel.run_id, lambda db: writes.cancel_run(db, cancel, events, output))
 
     def claim_turns(self, limit: int) -> Awaitable[list[Change]]:
         """Claim queued turns, oldest first."""
         # Nothing is known of a run of which a turn waits for room only: none of its turns is running.
         return self._writer.submit(partial(writes.claim_turns, self._connection, limit))
 
-    def recover(self, max_attempts: int, may_repeat: Callable[[str], bool]) -> Awaitable[list[Change]]:
-        """Settle the turns that a lost runtime left running."""
+    async def recover(self, max_attempts: int, may_repeat: Callable[[str], bool]) -> list[Change]:
+        """Settle the turns that an earlier process left running; there are none once that is done."""
+        if not self._left:
+            return []
 
         def settle() -> list[Change]:
-            self._turns.forget_all()
-            return writes.recover(self._connection, max_attempts, may_repeat)
+            changes = writes.recover(self._connection, self._left, max_attempts, may_repeat)
+            for change in changes:
+                self._turns.forget(change.run.id)
+            return changes
 
-        return self._writer.submit(settle)
+        changes = await self._writer.submit(settle)
+        self._left = frozenset()
+        return changes
+
+    def delete_requests(self, before_ms: int, limit: int) -> Awaitable[int]:
+        """Forget the requests made before a time."""
+        return self._writer.submit(partial(writes.forget_requests, self._connection, before_ms, limit), size=limit)
 
     def _submit(self, run_id: str, write: Callable[[apsw.Connection], _T]) -> Awaitable[_T]:
         """Submit a write after which what was known of a run may not be true any more."""
@@ -156,9 +166,9 @@ class SQLiteStore:
 
     # Reads
 
-    async def queued_turns(self) -> dict[str, int]:
-        """Count the turns that wait, by the id of their run."""
-        return await self._read(lambda db: dict(rows.execute(db, "queued_turns", ())))
+    async def count_queued(self) -> int:
+        """Count the turns that wait."""
+        return await self._read(lambda db: int(rows.execute(db, "count_queued", ()).get))
 
     async def get_run(self, organization: str, server_id: str, run_id: str, turn: int | None = None) -> Run:
         """Return a run showing its latest turn, or `turn`."""
@@ -237,14 +247,12 @@ def _connect(path: Path, *, readonly: bool = False) -> apsw.Connection:
 
 def _prepare_schema(connection: apsw.Connection, path: Path) -> None:
     version = connection.pragma("user_version")
-    if version == 0:
-        with connection:
-            connection.execute((rows.SQL / "sqlite_schema.sql").read_text())
-    elif version == 1:
-        with connection:
-            connection.execute((rows.SQL / "sqlite_upgrade_1.sql").read_text())
-    elif version != SCHEMA_VERSION:
+    if not 0 <= version <= SCHEMA_VERSION:
         raise StoreUnavailable(
             f"{path} has schema version {version}; this program knows version {SCHEMA_VERSION}. "
             "Use the program that wrote it, or another data directory."
         )
+    scripts = ["schema"] if version == 0 else [f"upgrade_{each}" for each in range(version, SCHEMA_VERSION)]
+    with connection:
+        for script in scripts:
+            connection.execute((rows.SQL / f"sqlite_{script}.sql").read_text())

@@ -12,7 +12,7 @@ import apsw
 
 from runtime_service.errors import InvalidRequest, RequestIdReused, RunNotFound
 from runtime_service.runs import TERMINAL, EventRole, LogLevel, Run, RunEvent, RunMode, RunStatus, Turn
-from runtime_service.store.base import Change, NewRun, NewTurn, RunPage
+from runtime_service.store.base import Change, Request, RunPage
 
 SQL = resources.files("runtime_service.store") / "sql"
 QUERIES = dict(re.findall(r"^-- name: (\w+)\n(.*?)(?=^-- name: |\Z)", (SQL / "sqlite.sql").read_text(), re.M | re.S))
@@ -65,21 +65,24 @@ def run_from_row(row: tuple[Any, ...]) -> Run:
     return Run(row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7], turn, row[8], row[9])
 
 
-def requested(db: apsw.Connection, new: NewRun | NewTurn) -> Change | None:
+def requested(db: apsw.Connection, organization: str, request: Request | None) -> Change | None:
     """Return what an earlier request of the same id gave, None where there is none. Raises RequestIdReused."""
-    if new.request_id is None:
+    if request is None:
         return None
-    found = execute(db, "requested_turn", (new.organization, new.request_id)).fetchone()
+    found = execute(db, "requested_turn", (organization, request.id)).fetchone()
     if found is None:
         return None
-    return replayed(new, run_at_turn(db, *found))
+    key, turn, fingerprint = found
+    return replayed(request, fingerprint, run_at_turn(db, key, turn))
 
 
-def replayed(new: NewRun | NewTurn, run: Run) -> Change:
-    """Return the answer to a request whose id is that of the turn that `run` shows. Raises RequestIdReused."""
-    same = run.turn.number == 1 if isinstance(new, NewRun) else run.turn.number > 1 and run.id == new.run_id
-    if run.server_id != new.server_id or not same:
-        raise RequestIdReused(new.request_id or "")
+def replayed(request: Request, fingerprint: bytes | None, run: Run) -> Change:
+    """Return the answer to a request whose id is that of an earlier one, which had `fingerprint` and showed `run`.
+
+    Raises RequestIdReused unless they are the same.
+    """
+    if fingerprint is not None and fingerprint != request.fingerprint:
+        raise RequestIdReused(request.id)
     return Change(run, replayed=True)
 
 

@@ -18,6 +18,7 @@ from runtime_service.store.base import (
     NewRun,
     NewTurn,
     Outcome,
+    Request,
     TurnKey,
     TurnLost,
     accepted_run,
@@ -37,14 +38,13 @@ _INSERT_EVENTS = QUERIES["insert_event"].rstrip() + ", (?, ?, ?, ?, ?, ?, ?, ?, 
 class _TurnRow:
     """A turn and its run as they are after the transaction; `stored` says whether the file has their rows."""
 
-    __slots__ = ("changed", "has_draft", "key", "request_id", "run", "stored")
+    __slots__ = ("changed", "has_draft", "key", "run", "stored")
 
-    def __init__(self, key: int, run: Run, *, stored: bool, has_draft: bool, request_id: str | None = None) -> None:
+    def __init__(self, key: int, run: Run, *, stored: bool, has_draft: bool) -> None:
         self.key = key
         self.run = run
         self.stored = stored
         self.has_draft = has_draft
-        self.request_id = request_id
         self.changed = False
 
 
@@ -58,7 +58,7 @@ class RunningTurns:
         self._db = db
         self._known: dict[str, _TurnRow] = {}  # running turns by their run; settled ones until they are written
         self._new: list[_TurnRow] = []
-        self._requests: dict[tuple[str, str], _TurnRow] = {}  # of new runs, by organization and request id
+        self._requests: dict[tuple[str, str], tuple[Request, _TurnRow]] = {}  # of new runs, by organization and id
         self._changed: list[_TurnRow] = []
         self._ready: list[tuple[int, int]] = []
         self._drafts_ended: list[tuple[int, int]] = []
@@ -74,10 +74,10 @@ class RunningTurns:
         run = accepted_run(new, claim=claim)
         key: int = (execute(self._db, "last_run_key", ()).get if self._last_key is None else self._last_key) + 1
         self._last_key = key
-        row = _TurnRow(key, run, stored=False, has_draft=False, request_id=new.request_id)
+        row = _TurnRow(key, run, stored=False, has_draft=False)
         self._new.append(row)
-        if new.request_id is not None:
-            self._requests[new.organization, new.request_id] = row
+        if new.request is not None:
+            self._requests[new.organization, new.request.id] = (new.request, row)
         if claim:
             self._known[run.id] = row
         events = place_events([user_event(new)], 1, 1)
@@ -115,10 +115,13 @@ class RunningTurns:
 
         What this transaction is about to write of an older run is not in it yet.
         """
-        if new.request_id is None:
+        if new.request is None:
             return None
-        row = self._requests.get((new.organization, new.request_id))
-        return requested(self._db, new) if row is None else replayed(new, row.run)
+        found = self._requests.get((new.organization, new.request.id))
+        if found is None:
+            return requested(self._db, new.organization, new.request)
+        earlier, row = found
+        return replayed(new.request, earlier.fingerprint, row.run)
 
     # The transaction
 
@@ -126,7 +129,9 @@ class RunningTurns:
         """Write what is not written yet."""
         if self._new:
             self._write_each("insert_run", [_run_values(row) for row in self._new])
-            self._write_each("insert_turn", [(row.key, *astuple(row.run.turn), row.request_id) for row in self._new])
+            self._write_each("insert_turn", [(row.key, *astuple(row.run.turn)) for row in self._new])
+            if self._requests:
+                self._write_each("insert_request", [_request_values(*known) for known in self._requests.values()])
             for row in self._new:
                 row.stored = True
                 self._forget_settled(row)
@@ -245,6 +250,11 @@ def _run_values(row: _TurnRow) -> tuple[object, ...]:
         run.last_turn,
         run.status,
     )
+
+
+def _request_values(request: Request, row: _TurnRow) -> tuple[object, ...]:
+    run = row.run
+    return (run.organization, request.id, request.fingerprint, run.id, 1, run.created_at_ms)
 
 
 def _settled_values(row: _TurnRow) -> tuple[object, ...]:

@@ -4,7 +4,7 @@ Each raises an exception of its own only before it has changed anything (see `gr
 to be up to date: what `RunningTurns` had to write is written out.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import takewhile
 
 import apsw
@@ -21,9 +21,11 @@ from runtime_service.runs import (
     now_ms,
 )
 from runtime_service.store.base import (
+    Cancel,
     Change,
     NewTurn,
     Outcome,
+    Request,
     TurnKey,
     TurnLost,
     count_messages,
@@ -37,7 +39,7 @@ from runtime_service.store.sqlite_rows import QUERIES, execute, requested, run_a
 
 def continue_run(db: apsw.Connection, new: NewTurn, claim: bool) -> Change:
     """Store the next turn of a run. Raises RunNotFound, RequestIdReused."""
-    if (known := requested(db, new)) is not None:
+    if (known := requested(db, new.organization, new.request)) is not None:
         return known
     key = run_key(db, new.organization, new.server_id, new.run_id)
     run = run_at_turn(db, key)
@@ -56,8 +58,9 @@ def continue_run(db: apsw.Connection, new: NewTurn, claim: bool) -> Change:
     )
     events = place_events([user_event(new)], turn.number, turn.first_sequence)
     execute(db, "open_next_turn", (key, new.created_at_ms, turn.status))
-    execute(db, "insert_turn", (key, *astuple(turn), new.request_id))
+    execute(db, "insert_turn", (key, *astuple(turn)))
     _insert_events(db, key, events)
+    _note_request(db, new.request, run, turn.number, new.created_at_ms)
     return Change(run_at_turn(db, key), events)
 
 
@@ -77,14 +80,20 @@ def release_turn(db: apsw.Connection, key: TurnKey, events: Sequence[EventDraft]
     return _write_behind(db, row[24], run, key.turn, events, RunStatus.QUEUED, now_ms())
 
 
-def cancel_run(db: apsw.Connection, key: int, events: Sequence[EventDraft], output: str | None) -> Change:
-    """Settle the open turns of a run as cancelled."""
+def cancel_run(db: apsw.Connection, cancel: Cancel, events: Sequence[EventDraft], output: str | None) -> Change:
+    """Settle the open turns of a run as cancelled. Raises RunNotFound, RequestIdReused."""
+    if (known := requested(db, cancel.organization, cancel.request)) is not None:
+        return known
+    key = run_key(db, cancel.organization, cancel.server_id, cancel.run_id)
     run = run_at_turn(db, key)
+    at = now_ms()
+    _note_request(db, cancel.request, run, run.last_turn, at)
     if run.status in TERMINAL:
         return Change(run)
-    at = now_ms()
     # The earliest open turn is the one that may be running; the rest of the log belongs to it.
     numbers = _open_turns(db, key)
+    if not events and (draft := execute(db, "draft", (key, numbers[0])).get):
+        events, output = [incomplete_event(draft)], draft
     drafts = [*events, log_event("cancelled", LogLevel.WARN, "The run was cancelled.")]
     for number in numbers:
         execute(db, "take_turn_away", (key, number))
@@ -115,10 +124,17 @@ def claim_turns(db: apsw.Connection, limit: int) -> list[Change]:
     return changes
 
 
-def recover(db: apsw.Connection, max_attempts: int, may_repeat: Callable[[str], bool]) -> list[Change]:
-    """Settle or queue again what a lost runtime left running."""
+def recover(
+    db: apsw.Connection,
+    left: Collection[tuple[int, int, int]],
+    max_attempts: int,
+    may_repeat: Callable[[str], bool],
+) -> list[Change]:
+    """Settle or queue again those of the turns `left` (run key, number, epoch) that are running still."""
     changes = []
-    for key, number in list(execute(db, "running_turns", ())):
+    for key, number, epoch in list(execute(db, "running_turns", ())):
+        if (key, number, epoch) not in left:
+            continue
         run = run_at_turn(db, key, number)
         draft = execute(db, "draft", (key, number)).get
         events = [incomplete_event(draft)] if draft else []
@@ -163,6 +179,18 @@ def _write_behind(
 
 def _settle_turn(db: apsw.Connection, key: int, number: int, outcome: Outcome, at: int) -> None:
     execute(db, "settle_turn", (key, number, outcome.status, outcome.output, outcome.error, outcome.error_code, at))
+
+
+def forget_requests(db: apsw.Connection, before_ms: int, limit: int) -> int:
+    """Forget the oldest requests; return how many."""
+    execute(db, "forget_requests", (before_ms, limit))
+    return db.changes()
+
+
+def _note_request(db: apsw.Connection, request: Request | None, run: Run, number: int, at: int) -> None:
+    """Store by what a request is known, and the turn that its answer shows."""
+    if request is not None:
+        execute(db, "insert_request", (run.organization, request.id, request.fingerprint, run.id, number, at))
 
 
 def _insert_events(db: apsw.Connection, key: int, events: Sequence[RunEvent]) -> None:

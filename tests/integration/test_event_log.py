@@ -13,7 +13,7 @@ from runtime_service import event_log as event_log_module
 from runtime_service.errors import Draining
 from runtime_service.event_log import Delta, Draft, EventLog, FollowOptions, Update
 from runtime_service.runs import EventDraft, EventRole, Run, RunStatus
-from runtime_service.store.base import Change, Outcome
+from runtime_service.store.base import Cancel, Change, Outcome
 from runtime_service.store.sqlite import SQLiteStore
 from tests.support import (
     ORGANIZATION,
@@ -628,7 +628,7 @@ def test_cancel_of_several_turns_ends_the_followers_of_each(tmp_path: Path) -> N
             ]
             whole = asyncio.create_task(follow(tale.log, run))
             await eventually(lambda: len(views_of(tale.log, run)) == 4)
-            change = await tale.store.cancel_run(ORGANIZATION, SERVER, run.id, said("rest"), "rest")
+            change = await tale.store.cancel_run(Cancel(ORGANIZATION, SERVER, run.id), said("rest"), "rest")
             tale.log.publish_settled(change)
             for number, updates in enumerate(await asyncio.gather(*followers), 1):
                 last = updates[-1].run

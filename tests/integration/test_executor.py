@@ -26,7 +26,7 @@ from runtime_service.errors import AgentUnavailable, CapacityExceeded, Draining,
 from runtime_service.event_log import FollowOptions
 from runtime_service.executor import ExecutorLimits
 from runtime_service.runs import EventRole, LogLevel, Run, RunStatus
-from runtime_service.store.base import Change
+from runtime_service.store.base import Cancel, Change
 from runtime_service.store.sqlite import SQLiteStore
 from tests.support import (
     ORGANIZATION,
@@ -1370,7 +1370,7 @@ def test_turn_that_was_taken_away_writes_nothing_more(path: Path) -> None:
         async with runtime(path, agent) as rt:
             run = await rt.start()
             await until_said(rt, run, "one")
-            await rt.store.cancel_run(ORGANIZATION, SERVER, run.id, said("taken"), None)
+            await rt.store.cancel_run(Cancel(ORGANIZATION, SERVER, run.id), said("taken"), None)
             go.set()
             await eventually(lambda: agent.running == 0)
             await eventually(lambda: is_idle(rt))

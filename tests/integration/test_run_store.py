@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from runtime_service.errors import InvalidRequest, RequestIdReused, RunNotFound, RunServiceError, StoreUnavailable
-from runtime_service.runs import EventDraft, EventRole, LogLevel, Run, RunMode, RunStatus
-from runtime_service.store.base import Change, Outcome, RunStore, TurnKey, TurnLost
+from runtime_service.runs import EventDraft, EventRole, LogLevel, Run, RunMode, RunStatus, now_ms
+from runtime_service.store.base import Cancel, Change, Outcome, RunStore, TurnKey, TurnLost
 from runtime_service.store.sqlite import SQLiteStore
 from runtime_service.store.sqlite_rows import QUERIES
 from tests.support import (
@@ -19,6 +19,7 @@ from tests.support import (
     ORGANIZATION,
     SERVER,
     Disk,
+    cancel_of,
     contents,
     eventually,
     key_of,
@@ -177,7 +178,7 @@ def test_continue_with_a_known_request_id_opens_nothing(stores: Stores) -> None:
 
 
 def test_request_id_belongs_to_one_organization_and_one_request(stores: Stores) -> None:
-    """Another organization's is another id; another server, run or operation is refused, and changes nothing."""
+    """Another organization's is another id; one that asks for anything else is refused, and changes nothing."""
 
     async def check(store: RunStore) -> None:
         started = (await store.start_run(new_run(request_id="start"), claim=True)).run
@@ -186,20 +187,66 @@ def test_request_id_belongs_to_one_organization_and_one_request(stores: Stores) 
         assert other.run.id != started.id
         await store.continue_run(next_turn(started, request_id="continue"), claim=True)
         elsewhere = await running(store)
-        before = [await snapshot(store, run) for run in (started, elsewhere)]
+        ended = await running(store)
+        await store.cancel_run(cancel_of(ended, request_id="cancel"), [], None)
+        before = [await snapshot(store, run) for run in (started, elsewhere, ended)]
         for refused in (
+            store.start_run(new_run("other text", request_id="start"), claim=True),
+            store.start_run(new_run(metadata=b"{}", request_id="start"), claim=True),
             store.start_run(new_run(server_id="else", request_id="start"), claim=True),
             store.start_run(new_run(request_id="continue"), claim=True),
             store.continue_run(next_turn(started, request_id="start"), claim=True),
+            store.continue_run(next_turn(started, "other text", request_id="continue"), claim=True),
             store.continue_run(next_turn(elsewhere, request_id="continue"), claim=True),
+            store.continue_run(next_turn(ended, request_id="cancel"), claim=True),
+            store.cancel_run(cancel_of(started, request_id="start"), said("x"), "x"),
+            store.cancel_run(cancel_of(elsewhere, request_id="cancel"), said("x"), "x"),
+            store.get_requested(new_run("other text", request_id="start")),
         ):
             with pytest.raises(RequestIdReused):
                 await refused
         assert await store.get_requested(new_run(request_id="unknown")) is None
+        assert await store.get_requested(new_run(organization="third", request_id="start")) is None
         assert await store.get_requested(new_run()) is None
-        assert [await snapshot(store, run) for run in (started, elsewhere)] == before
+        assert [await snapshot(store, run) for run in (started, elsewhere, ended)] == before
 
     with_store(stores, check)
+
+
+def test_request_that_was_refused_is_not_known(stores: Stores) -> None:
+    """Its id is free for the next one, also for another request."""
+
+    async def check(store: RunStore) -> None:
+        for refused in (
+            store.continue_run(next_turn(new_run(), request_id="once"), claim=True),
+            store.cancel_run(cancel_of(new_run(), request_id="once"), [], None),
+        ):
+            with pytest.raises(RunNotFound):
+                await refused
+        assert not (await store.start_run(new_run(request_id="once"), claim=True)).replayed
+
+    with_store(stores, check)
+
+
+def test_requests_are_known_after_a_crash(stores: Stores) -> None:
+    """Those that started, continued and cancelled, each with its own answer."""
+
+    async def main() -> None:
+        start = new_run(request_id="start")
+        resume, cancel = next_turn(start, request_id="continue"), cancel_of(start, request_id="cancel")
+        async with stores.open() as store:
+            await store.start_run(start, claim=True)
+            await store.continue_run(resume, claim=True)
+            await store.cancel_run(cancel, [], None)
+        async with stores.open() as store:
+            again = [
+                await store.start_run(start, claim=True),
+                await store.continue_run(resume, claim=True),
+                await store.cancel_run(cancel, [], None),
+            ]
+            assert [(change.replayed, change.run.turn.number) for change in again] == [(True, 1), (True, 2), (True, 2)]
+
+    run_async(main())
 
 
 @pytest.mark.parametrize("claim", [True, False])
@@ -368,7 +415,7 @@ def test_a_turn_that_is_not_the_writers_takes_nothing(stores: Stores, write: Wri
             case "failed":
                 await store.finish_turn(key, said("end"), OUTCOMES[2])
             case "cancelled":
-                await store.cancel_run(ORGANIZATION, SERVER, run.id, [], None)
+                await store.cancel_run(cancel_of(run), [], None)
             case "requeued":
                 await store.release_turn(key, [])
             case "claimed again":
@@ -393,13 +440,13 @@ def test_an_outcome_never_changes(stores: Stores) -> None:
     async def check(store: RunStore) -> None:
         run = await running(store)
         settled = (await store.finish_turn(key_of(run), [], OUTCOMES[2])).run.turn
-        cancelled = await store.cancel_run(ORGANIZATION, SERVER, run.id, said("late"), "late")
+        cancelled = await store.cancel_run(cancel_of(run), said("late"), "late")
         assert cancelled.events == ()
         assert cancelled.run.turn == settled
         await store.save_draft(key_of(run), "late")
         assert await store.recover(3, always) == []
         await store.continue_run(next_turn(run), claim=True)
-        await store.cancel_run(ORGANIZATION, SERVER, run.id, [], "other")
+        await store.cancel_run(cancel_of(run), [], "other")
         assert (await store.get_run(ORGANIZATION, SERVER, run.id, 1)).turn == settled
 
     with_store(stores, check)
@@ -412,7 +459,7 @@ def test_release_turn_gives_the_attempt_back(stores: Stores) -> None:
         run = await running(store)
         released = await store.release_turn(key_of(run), said("so far"))
         assert (released.run.status, released.run.turn.attempt) == (RunStatus.QUEUED, 0)
-        assert await store.queued_turns() == {run.id: 1}
+        assert await store.count_queued() == 1
         (claimed,) = await store.claim_turns(1)
         assert claimed.run.turn.attempt == 1
         assert claimed.run.turn.epoch > run.turn.epoch
@@ -433,7 +480,7 @@ def test_cancel_run_settles_every_open_turn(stores: Stores) -> None:
         await store.finish_turn(key_of(run), said("one"), COMPLETED)
         second = (await store.continue_run(next_turn(run), claim=True)).run
         await store.continue_run(next_turn(run, "third"), claim=False)
-        change = await store.cancel_run(ORGANIZATION, SERVER, run.id, said("rest"), "rest")
+        change = await store.cancel_run(cancel_of(run), said("rest"), "rest")
         assert (change.run.turn.number, change.run.status) == (3, RunStatus.CANCELLED)
         assert [(event.content, event.turn) for event in change.events][:1] == [("rest", 2)]
         assert [event.log_type for event in change.events] == [None, "cancelled"]
@@ -442,10 +489,68 @@ def test_cancel_run_settles_every_open_turn(stores: Stores) -> None:
         assert [turn.output for turn in turns] == ["done", "rest", None]
         with pytest.raises(TurnLost):
             await store.append_events(key_of(second), said("late"))
-        assert await store.queued_turns() == {}
-        again = await store.cancel_run(ORGANIZATION, SERVER, run.id, said("again"), "again")
+        assert await store.count_queued() == 0
+        again = await store.cancel_run(cancel_of(run), said("again"), "again")
         assert (again.run, again.events) == (change.run, ())
         await log_of(store, run.id)
+
+    with_store(stores, check)
+
+
+def test_cancel_with_a_known_request_id_changes_nothing(stores: Stores) -> None:
+    """It shows the turn that was the latest then; one that was opened since goes on."""
+
+    async def check(store: RunStore) -> None:
+        run = await running(store)
+        waiting = (await store.continue_run(next_turn(run), claim=False)).run
+        cancel = cancel_of(run, request_id="once")
+        first = await store.cancel_run(cancel, said("rest"), "rest")
+        assert (first.replayed, first.run.turn.number, len(first.events)) == (False, 2, 2)
+        again = await store.cancel_run(cancel, said("again"), "again")
+        assert again == Change(first.run, (), replayed=True)
+        later = await store.continue_run(next_turn(run, "later"), claim=True)
+        before = await snapshot(store, run)
+        again = await store.cancel_run(cancel, said("again"), "again")
+        latest = await store.get_run(ORGANIZATION, SERVER, run.id, waiting.turn.number)
+        assert again == Change(latest, (), replayed=True)
+        assert await snapshot(store, run) == before
+        await store.append_events(key_of(later.run), said("goes on"))
+        assert not (await store.cancel_run(cancel_of(run, request_id="other"), [], None)).replayed
+        assert (await store.get_run(ORGANIZATION, SERVER, run.id)).status is RunStatus.CANCELLED
+
+    with_store(stores, check)
+
+
+def test_cancel_that_found_nothing_to_cancel_is_known(stores: Stores) -> None:
+    """Its repetition does not cancel what came later either."""
+
+    async def check(store: RunStore) -> None:
+        run = await running(store)
+        settled = (await store.finish_turn(key_of(run), said("one"), COMPLETED)).run
+        cancel = cancel_of(run, request_id="once")
+        assert await store.cancel_run(cancel, said("x"), "x") == Change(settled, ())
+        await store.continue_run(next_turn(run), claim=True)
+        again = await store.cancel_run(cancel, said("x"), "x")
+        assert (again.replayed, again.run.turn, again.events) == (True, settled.turn, ())
+        assert (await store.get_run(ORGANIZATION, SERVER, run.id)).status is RunStatus.RUNNING
+
+    with_store(stores, check)
+
+
+def test_cancel_without_events_keeps_the_draft_that_is_stored(stores: Stores) -> None:
+    """As an incomplete event and as the output, once; who brings what the agent had said is believed."""
+
+    async def check(store: RunStore) -> None:
+        for events, kept in (([], "half"), (said("half a sentence"), "half a sentence")):
+            run = await running(store)
+            await store.continue_run(next_turn(run), claim=False)
+            await store.save_draft(key_of(run), "half")
+            change = await store.cancel_run(cancel_of(run), events, kept if events else None)
+            assert [(event.turn, event.content) for event in change.events][:1] == [(1, kept)]
+            assert [event.log_type for event in change.events] == [None if events else "incomplete", "cancelled"]
+            outputs = [(await store.get_run(ORGANIZATION, SERVER, run.id, n)).turn.output for n in (1, 2)]
+            assert outputs == [kept, None]
+            assert contents(await log_of(store, run.id)) == ["hello", "more", kept, "The run was cancelled."]
 
     with_store(stores, check)
 
@@ -469,21 +574,21 @@ def test_claim_turns_takes_the_oldest_first_once_each(stores: Stores) -> None:
 
 
 def test_claim_turns_takes_one_turn_of_a_run_at_a_time(stores: Stores) -> None:
-    """Inputs of one run are executed in order; the count of those that wait goes by run."""
+    """Inputs of one run are executed in order; each of them is counted as one that waits."""
 
     async def check(store: RunStore) -> None:
         run = (await store.start_run(new_run("1"), claim=False)).run
-        other = (await store.start_run(new_run("other"), claim=False)).run
+        await store.start_run(new_run("other"), claim=False)
         for text in ("2", "3"):
             await store.continue_run(next_turn(run, text), claim=False)
-        assert await store.queued_turns() == {run.id: 3, other.id: 1}
+        assert await store.count_queued() == 4
         for number in (1, 2, 3):
             mine = [c.run for c in await store.claim_turns(10) if c.run.id == run.id]
             assert [r.turn.number for r in mine] == [number]
             latest = await store.get_run(ORGANIZATION, SERVER, run.id)
             assert latest.status is (RunStatus.RUNNING if number == 3 else RunStatus.QUEUED)
             await store.finish_turn(key_of(mine[0]), [], COMPLETED)
-        assert await store.queued_turns() == {}
+        assert await store.count_queued() == 0
 
     with_store(stores, check)
 
@@ -538,6 +643,26 @@ def test_recover_fails_at_once_what_may_not_be_repeated(stores: Stores) -> None:
             assert (await store.get_run(ORGANIZATION, SERVER, run.id)).status is RunStatus.QUEUED
             claimed = {change.run.id: change.run.turn.number for change in await store.claim_turns(10)}
             assert claimed == {run.id: 2, other.id: 1}
+
+    run_async(main())
+
+
+def test_recover_leaves_alone_what_this_process_holds(stores: Stores) -> None:
+    """However often it is asked, and whatever an earlier process had left."""
+
+    async def main() -> None:
+        async with stores.open() as store:
+            left = [await running(store, text) for text in ("cancelled", "lost")]
+        async with stores.open() as store:
+            mine = await running(store)
+            await store.cancel_run(cancel_of(left[0]), [], None)
+            (change,) = await store.recover(3, always)
+            assert change.run.id == left[1].id
+            (claimed,) = await store.claim_turns(10)
+            assert await store.recover(3, always) == []
+            for run in (mine, claimed.run):
+                await store.append_events(key_of(run), said("goes on"))
+                await store.finish_turn(key_of(run), [], COMPLETED)
 
     run_async(main())
 
@@ -630,7 +755,7 @@ def test_another_organizations_run_is_not_found(stores: Stores) -> None:
             stranger = next_turn(asked)
             attempts: list[Awaitable[object]] = [
                 store.get_run(organization, server_id, run_id),
-                store.cancel_run(organization, server_id, run_id, said("x"), "x"),
+                store.cancel_run(Cancel(organization, server_id, run_id), said("x"), "x"),
                 store.continue_run(
                     type(stranger)(organization, server_id, run_id, "x", RunMode.SYNC, 1),
                     claim=True,
@@ -681,7 +806,7 @@ def test_list_runs_by_status_goes_by_the_latest_turn(stores: Stores) -> None:
         completed, failed, cancelled, resumed = [await running(store) for _ in range(4)]
         await store.finish_turn(key_of(completed), [], COMPLETED)
         await store.finish_turn(key_of(failed), [], OUTCOMES[2])
-        await store.cancel_run(ORGANIZATION, SERVER, cancelled.id, [], None)
+        await store.cancel_run(cancel_of(cancelled), [], None)
         await store.finish_turn(key_of(resumed), [], COMPLETED)
         await store.continue_run(next_turn(resumed), claim=False)
         expected = {
@@ -778,9 +903,9 @@ def test_a_reopened_store_shows_the_same(stores: Stores) -> None:
             other = await running(store)
             await store.finish_turn(key_of(other), said("end"), OUTCOMES[2])
             await store.continue_run(next_turn(other), claim=False)
-            before = [await snapshot(store, run), await snapshot(store, other), await store.queued_turns()]
+            before = [await snapshot(store, run), await snapshot(store, other), await store.count_queued()]
         async with stores.open() as store:
-            assert [await snapshot(store, run), await snapshot(store, other), await store.queued_turns()] == before
+            assert [await snapshot(store, run), await snapshot(store, other), await store.count_queued()] == before
             assert (await store.append_events(key_of(run), said("three"))).events[0].sequence == 4
 
     run_async(main())
@@ -799,7 +924,7 @@ def test_close_finishes_what_was_asked_for(stores: Stores) -> None:
             await store.start_run(new_run(), claim=False)
         await store.close()
         async with stores.open() as again:
-            assert len(await again.queued_turns()) == 20
+            assert await again.count_queued() == 20
 
     run_async(main())
 
@@ -891,7 +1016,9 @@ def test_sqlite_write_that_is_refused_does_not_hurt_its_batch(
                 "RunNotFound",
                 "Change",
             ]
-            assert set(await store.queued_turns()) == {new.id for new in news[:3]}
+            assert await store.count_queued() == 3
+            runs = await store.list_runs(ORGANIZATION, SERVER, status=RunStatus.QUEUED, token=None, limit=ALL)
+            assert {each.id for each in runs.runs} == {new.id for new in news[:3]}
             assert contents(await log_of(store, run.id)) == ["hello", "kept"]
             after = await store.get_run(ORGANIZATION, SERVER, run.id)
             assert (after.status, after.last_sequence) == (RunStatus.RUNNING, 2)
@@ -984,11 +1111,11 @@ def test_sqlite_of_another_schema_is_refused_untouched(file: SQLiteStores) -> No
         with sqlite3.connect(file.path) as connection:
             connection.execute("PRAGMA user_version = 7")
         connection.close()
-        with pytest.raises(StoreUnavailable, match=r"schema version 7; this program knows version 2") as caught:
+        with pytest.raises(StoreUnavailable, match=r"schema version 7; this program knows version 3") as caught:
             await file.connect()
         assert str(file.path) in caught.value.message
         with sqlite3.connect(file.path) as connection:
-            connection.execute("PRAGMA user_version = 2")
+            connection.execute("PRAGMA user_version = 3")
         connection.close()
         async with file.open() as store:
             assert await store.get_run(ORGANIZATION, SERVER, run.id) == run
@@ -996,26 +1123,85 @@ def test_sqlite_of_another_schema_is_refused_untouched(file: SQLiteStores) -> No
     run_async(main())
 
 
-def test_sqlite_of_version_1_is_upgraded(file: SQLiteStores) -> None:
-    """Runs that it holds are there, can be continued, and requests are known from then on."""
+OLDER_SCHEMAS = {
+    2: """
+        DROP TABLE requests;
+        ALTER TABLE turns ADD COLUMN request_id TEXT;
+        CREATE INDEX turns_by_request ON turns (request_id) WHERE request_id IS NOT NULL;
+        PRAGMA user_version = 2;
+    """,
+    1: """
+        DROP INDEX turns_by_request;
+        ALTER TABLE turns DROP COLUMN request_id;
+        PRAGMA user_version = 1;
+    """,
+}
+"""How a file becomes one of an older version, each step from the version behind it."""
+
+
+def shape(path: Path) -> object:
+    """The tables of a file with their columns, and the indexes."""
+    with sqlite3.connect(path) as connection:
+        names = list(connection.execute("SELECT type, name, tbl_name FROM sqlite_schema ORDER BY name"))
+        columns = {name: list(connection.execute(f"PRAGMA table_xinfo({name})")) for _, name, _ in names}
+    connection.close()
+    return names, columns
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_sqlite_of_an_older_version_is_upgraded(file: SQLiteStores, version: int) -> None:
+    """Runs that it holds are there, can be continued, and its tables are those of a new file."""
 
     async def main() -> None:
         async with file.open() as store:
             run = await running(store)
+        new = shape(file.path)
         with sqlite3.connect(file.path) as connection:
-            connection.execute("DROP INDEX turns_by_request")
-            connection.execute("ALTER TABLE turns DROP COLUMN request_id")
-            connection.execute("PRAGMA user_version = 1")
-            schema = "SELECT sql FROM sqlite_schema WHERE name = 'turns_by_request'"
-            assert connection.execute(schema).fetchone() is None
+            for older in range(2, version - 1, -1):
+                connection.executescript(OLDER_SCHEMAS[older])
         connection.close()
+        assert shape(file.path) != new
         async with file.open() as store:
             assert await store.get_run(ORGANIZATION, SERVER, run.id) == run
             asked = next_turn(run, request_id="once")
             assert (await store.continue_run(asked, claim=True)).run.turn.number == 2
             assert (await store.continue_run(asked, claim=True)).replayed
+        assert shape(file.path) == new
 
     run_async(main())
+
+
+def test_sqlite_of_version_2_keeps_its_requests(file: SQLiteStores) -> None:
+    """Each is known in its organization and shows the turn that it opened, whatever it had asked for."""
+
+    async def main() -> None:
+        async with file.open() as store:
+            run = await running(store)
+            await store.continue_run(next_turn(run), claim=True)
+            other = (await store.start_run(new_run(organization="other"), claim=True)).run
+        with sqlite3.connect(file.path) as connection:
+            connection.executescript(OLDER_SCHEMAS[2])
+            connection.execute("UPDATE turns SET request_id = 'a' WHERE run_key = 1 AND number = 1")
+            connection.execute("UPDATE turns SET request_id = 'b' WHERE run_key = 1 AND number = 2")
+            connection.execute("UPDATE turns SET request_id = 'a' WHERE run_key = 2")
+        connection.close()
+        async with file.open() as store:
+            first = await store.start_run(new_run("any", request_id="a"), claim=True)
+            assert first == Change(await store.get_run(ORGANIZATION, SERVER, run.id, 1), replayed=True)
+            second = await store.continue_run(next_turn(run, "any", request_id="b"), claim=True)
+            assert second == Change(await store.get_run(ORGANIZATION, SERVER, run.id, 2), replayed=True)
+            assert (await store.start_run(new_run(organization="other", request_id="a"), claim=True)).run == other
+            assert await store.delete_requests(now_ms() + 1, 10) == 3
+
+    run_async(main())
+
+
+def plan_of(file: SQLiteStores, query: str, *bindings: object) -> list[str]:
+    """The steps by which a query is answered."""
+    with sqlite3.connect(file.path) as connection:
+        steps = [row[3] for row in connection.execute("EXPLAIN QUERY PLAN " + QUERIES[query], bindings)]
+    connection.close()
+    return steps
 
 
 def test_sqlite_finds_a_request_by_its_id(file: SQLiteStores) -> None:
@@ -1024,15 +1210,12 @@ def test_sqlite_finds_a_request_by_its_id(file: SQLiteStores) -> None:
     async def main() -> None:
         async with file.open() as store:
             await running(store)
-        with sqlite3.connect(file.path) as connection:
-            plan = connection.execute("EXPLAIN QUERY PLAN " + QUERIES["requested_turn"], ("default", "once"))
-            steps = [row[3] for row in plan]
-        connection.close()
-        assert len(steps) == 2
-        assert "SEARCH turns USING COVERING INDEX turns_by_request (request_id=?)" in steps[0]
-        assert "SEARCH runs USING INTEGER PRIMARY KEY" in steps[1]
 
     run_async(main())
+    assert plan_of(file, "requested_turn", "default", "once") == [
+        "SEARCH requests USING PRIMARY KEY (organization=? AND request_id=?)",
+        "SEARCH runs USING COVERING INDEX sqlite_autoindex_runs_1 (id=?)",
+    ]
 
 
 def test_sqlite_file_that_is_none_is_refused(file: SQLiteStores) -> None:

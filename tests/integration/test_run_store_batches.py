@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from runtime_service.errors import StoreUnavailable
 from runtime_service.runs import EventDraft, EventRole, RunMode, RunStatus, new_run_id
-from runtime_service.store.base import Change, NewRun, NewTurn, Outcome, TurnKey, TurnLost
+from runtime_service.store.base import Cancel, Change, NewRun, NewTurn, Outcome, TurnKey, TurnLost
 from runtime_service.store.sqlite import SQLiteStore
 from tests.support import ORGANIZATION, SERVER, Disk, contents, key_of, log_of, new_run, run_async, said
 
@@ -57,7 +57,7 @@ def ask(store: SQLiteStore, ids: list[str], write: tuple[str, int, int, int]) ->
             new_turn = NewTurn(ORGANIZATION, SERVER, ids[run], "more", RunMode.SYNC, 2)
             return store.continue_run(new_turn, claim=True)
         case "cancel":
-            return store.cancel_run(ORGANIZATION, SERVER, ids[run], said("x"), "so far")
+            return store.cancel_run(Cancel(ORGANIZATION, SERVER, ids[run]), said("x"), "so far")
     return store.claim_turns(1)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from runtime_service.runs import ALLOWED, TERMINAL, Run, RunStatus
-from runtime_service.store.base import Change, Outcome, TurnKey, TurnLost
+from runtime_service.store.base import Cancel, Change, Outcome, TurnKey, TurnLost
 from runtime_service.store.sqlite import SQLiteStore
 from tests.support import ORGANIZATION, SERVER, contents, log_of, new_run, next_turn, said
 
@@ -198,7 +198,7 @@ class RunStoreMachine(RuleBasedStateMachine):
         first = model.first_open
 
         async def cancel() -> Change:
-            return await self.store.cancel_run(ORGANIZATION, SERVER, run_id, said(*texts), "said")
+            return await self.store.cancel_run(Cancel(ORGANIZATION, SERVER, run_id), said(*texts), "said")
 
         change = self.do(cancel())
         if first is None:
@@ -272,7 +272,7 @@ class RunStoreMachine(RuleBasedStateMachine):
             self.do(self._compare())
 
     async def _compare(self) -> None:
-        waiting: dict[str, int] = {}
+        waiting = 0
         for run_id, model in self.runs.items():
             events = await log_of(self.store, run_id)
             assert [(event.turn, event.content) for event in events] == model.log
@@ -285,13 +285,12 @@ class RunStoreMachine(RuleBasedStateMachine):
                 if turn.status in TERMINAL:
                     turn.settled = turn.settled or stored
                     assert stored == turn.settled
-                if turn.status is RunStatus.QUEUED:
-                    waiting[run_id] = waiting.get(run_id, 0) + 1
+                waiting += turn.status is RunStatus.QUEUED
             latest = await self.store.get_run(ORGANIZATION, SERVER, run_id)
             assert (latest.status, latest.last_turn) == (model.turns[-1].status, len(model.turns))
             assert latest.last_sequence == len(model.log)
             assert latest.message_count == sum(event.role in ("user", "assistant") for event in events)
-        assert await self.store.queued_turns() == waiting
+        assert await self.store.count_queued() == waiting
         page = await self.store.list_runs(ORGANIZATION, SERVER, status=None, token=None, limit=1_000)
         assert [run.id for run in page.runs] == list(self.runs)[::-1]
         for status in RunStatus:

@@ -8,8 +8,13 @@ VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 
 -- name: insert_turn
 INSERT INTO turns (run_key, number, status, mode, input, first_sequence, created_at_ms, output, error, error_code,
-                   metadata, completed_at_ms, attempt, epoch, ready, request_id)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+                   metadata, completed_at_ms, attempt, epoch, ready)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+
+-- name: insert_request
+-- One of the same id is there only when its run is gone.
+INSERT OR REPLACE INTO requests (organization, request_id, fingerprint, run_id, turn, created_at_ms)
+VALUES (?, ?, ?, ?, ?, ?)
 
 -- name: insert_event
 INSERT INTO events (run_key, sequence, turn, role, content, created_at_ms, log_type, log_level, metadata)
@@ -62,15 +67,14 @@ WHERE status = 'queued' AND ready = 1 ORDER BY created_at_ms, run_key LIMIT ?1
 UPDATE turns SET ready = 1 WHERE run_key = ?1 AND number = ?2 AND status = 'queued'
 
 -- name: running_turns
-SELECT run_key, number FROM turns WHERE status = 'running' ORDER BY run_key, number
+SELECT run_key, number, epoch FROM turns WHERE status = 'running' ORDER BY run_key, number
 
 -- name: turns_of_run
 -- Newest first, for a reader that stops at the first settled one: those before it are settled, too.
 SELECT number, status FROM turns WHERE run_key = ?1 ORDER BY number DESC
 
--- name: queued_turns
-SELECT runs.id, count(*) FROM turns JOIN runs ON runs.run_key = turns.run_key
-WHERE turns.status = 'queued' GROUP BY runs.id
+-- name: count_queued
+SELECT count(*) FROM turns WHERE status = 'queued'
 
 -- name: run_key
 SELECT run_key FROM runs WHERE id = ?1 AND organization = ?2 AND server_id = ?3
@@ -87,8 +91,13 @@ WHERE runs.run_key = ?1
 SELECT coalesce(max(run_key), 0) FROM runs
 
 -- name: requested_turn
-SELECT turns.run_key, number FROM turns INDEXED BY turns_by_request CROSS JOIN runs ON runs.run_key = turns.run_key
-WHERE request_id = ?2 AND organization = ?1
+SELECT run_key, turn, fingerprint FROM requests JOIN runs ON runs.id = run_id
+WHERE requests.organization = ?1 AND request_id = ?2
+
+-- name: forget_requests
+DELETE FROM requests WHERE (organization, request_id) IN (
+    SELECT organization, request_id FROM requests WHERE created_at_ms < ?1 ORDER BY created_at_ms LIMIT ?2
+)
 
 -- name: draft
 SELECT draft FROM turns WHERE run_key = ?1 AND number = ?2

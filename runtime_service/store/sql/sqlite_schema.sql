@@ -1,4 +1,4 @@
--- Schema version 2 of the embedded store. `run_key` is the internal, dense key of a run: the events of a run lie
+-- Schema version 3 of the embedded store. `run_key` is the internal, dense key of a run: the events of a run lie
 -- together under it, and a run's cost does not depend on how many there are.
 
 CREATE TABLE runs (
@@ -39,13 +39,25 @@ CREATE TABLE turns (
     epoch            INTEGER NOT NULL,
     ready            INTEGER NOT NULL,  -- no earlier turn of the run is open
     draft            TEXT,  -- the text so far of the message in the making
-    request_id       TEXT,  -- of the request that opened the turn, one of its kind in the organization
     PRIMARY KEY (run_key, number)
 ) STRICT, WITHOUT ROWID;
 
 CREATE INDEX turns_open ON turns (status, ready, created_at_ms, run_key, number)
     WHERE status = 'queued' OR status = 'running';
-CREATE INDEX turns_by_request ON turns (request_id) WHERE request_id IS NOT NULL;
+
+-- Requests that make themselves known, so that they can be repeated. They know their run by its id: the key of a run
+-- that was deleted may be another one's. Where the run is gone, the request is as one that never was.
+CREATE TABLE requests (
+    organization     TEXT    NOT NULL,
+    request_id       TEXT    NOT NULL,
+    fingerprint      BLOB,  -- of all that it asked for; NULL: not known, any is the same
+    run_id           TEXT    NOT NULL,
+    turn             INTEGER NOT NULL,  -- that it opened; of a cancel, the latest then
+    created_at_ms    INTEGER NOT NULL,
+    PRIMARY KEY (organization, request_id)
+) STRICT, WITHOUT ROWID;
+
+CREATE INDEX requests_by_age ON requests (created_at_ms);
 
 CREATE TABLE events (
     run_key          INTEGER NOT NULL REFERENCES runs (run_key),
@@ -60,4 +72,4 @@ CREATE TABLE events (
     PRIMARY KEY (run_key, sequence)
 ) STRICT, WITHOUT ROWID;
 
-PRAGMA user_version = 2;
+PRAGMA user_version = 3;
