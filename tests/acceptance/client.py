@@ -28,6 +28,7 @@ from tests.acceptance.history import (
 
 PATIENCE_SECONDS = 90.0
 _TRY_AGAIN = (429, 503, 504)
+_GO_ON_AFTER = ("DRAINING", "RUNTIME_UNAVAILABLE", "STORE_UNAVAILABLE", "SESSION_FULL")
 _BETWEEN_TRIES_SECONDS = 0.1
 _CONNECT_SECONDS = 5.0
 _SILENCE_SECONDS = 20.0
@@ -68,8 +69,9 @@ class Client:
     def __init__(self, http: aiohttp.ClientSession, gateways: list[str], history: History, random: Random) -> None:
         self.history = history
         self.random = random
+        self.headers = {"Authorization": f"Bearer {KEY}"}
         self._http = http
-        self._gateways = gateways
+        self.gateways = gateways
         self._next = random.randrange(len(gateways))
 
     def new_key(self) -> str:
@@ -103,6 +105,11 @@ class Client:
             assert time.time() < deadline, f"in vain: the end of {shown}"
             await asyncio.sleep(_BETWEEN_TRIES_SECONDS)
         return shown
+
+    async def start_and_wait(self, server: str, task: Task, *, key: str | None) -> Shown:
+        """Start a run and wait for its end, in one answer if that is early enough."""
+        shown = await self.start(server, task, mode="sync", key=key)
+        return shown if shown.status in TERMINAL else await self.until_ended(server, shown.run_id)
 
     async def start_and_follow(self, server: str, task: Task, *, key: str | None) -> Shown:
         """Start a run and read its stream to the end, over as many connections as that takes."""
@@ -145,6 +152,8 @@ class Client:
             except (aiohttp.ClientError, TimeoutError) as error:
                 if stream.shown is None:
                     attempt.broken(error)
+                else:
+                    attempt.cut(type(error).__name__)
             finally:
                 stream.write_down()
             if stream.shown is not None:
@@ -157,14 +166,14 @@ class Client:
         """Yield where to ask, after a pause each but the first; fails after the limit."""
         deadline = time.time() + PATIENCE_SECONDS
         while True:
-            self._next = (self._next + 1) % len(self._gateways)
-            yield wish.gateway or self._gateways[self._next]
+            self._next = (self._next + 1) % len(self.gateways)
+            yield wish.gateway or self.gateways[self._next]
             assert time.time() < deadline, f"in vain: {wish}"
             await asyncio.sleep(_BETWEEN_TRIES_SECONDS * (0.5 + self.random.random()))
 
     def _send(self, wish: Wish, base: str, after: int | bool | None = False) -> "aiohttp.client._RequestContextManager":
         """Send a request; one for a stream says behind which sequence, or None."""
-        headers = {"Authorization": f"Bearer {KEY}"}
+        headers = dict(self.headers)
         if wish.key is not None:
             headers["Idempotency-Key"] = wish.key
         timeout = aiohttp.ClientTimeout(PATIENCE_SECONDS, sock_connect=_CONNECT_SECONDS)
@@ -203,6 +212,10 @@ class _Attempt:
         self._write_down(0, type(error).__name__, refused=refused)
         if not refused and not self.wish.may_repeat:
             raise GaveUp(str(error)) from error
+
+    def cut(self, code: str) -> None:
+        """The answer broke off."""
+        self._write_down(0, code)
 
     def accepted(self, response: aiohttp.ClientResponse, shown: Shown) -> None:
         """There was an answer."""
@@ -278,9 +291,13 @@ class _Stream:
                     event = event_of(document["event"])
                     assert event.sequence == number, f"the frame {number} holds {event}"
                     self._events.append(event)
-                elif document["type"].startswith("stream."):
-                    self.ended = document["type"] == "stream.completed"
+                elif document["type"] == "stream.completed":
+                    self.ended = True
                     return
+                elif document["type"] == "stream.error":
+                    assert document["code"] in _GO_ON_AFTER, f"the stream ended with {document}"
+                    return
+        self._attempt.cut("no last frame")
 
     def write_down(self) -> None:
         """The connection is over."""

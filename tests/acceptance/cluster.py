@@ -4,7 +4,7 @@ import asyncio
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -36,7 +36,7 @@ options = { entrypoint = "tests.acceptance.agents:endless" }
 
 
 class Node:
-    """One of the processes. It keeps its name and its port when it is started again."""
+    """One of the processes. It keeps its name and its port when it is started again, by its `environment` of then."""
 
     def __init__(
         self, name: str, folder: Path, arguments: Sequence[str], environment: Mapping[str, str], port: int
@@ -47,7 +47,7 @@ class Node:
         self._folder = folder
         self._ready_file = folder / f"{name}.ready.json"
         self._arguments = (*arguments, "--ready-file", str(self._ready_file))
-        self._environment = environment
+        self.environment = dict(environment)
         self._program: Program | None = None
 
     @property
@@ -74,7 +74,7 @@ class Node:
     async def start(self) -> None:
         """Start it; it answers calls when this returns."""
         self._ready_file.unlink(missing_ok=True)
-        self._program = Program(self._folder, *self._arguments, name=self.name, environment=self._environment)
+        self._program = Program(self._folder, *self._arguments, name=self.name, environment=self.environment)
         await asyncio.to_thread(self._program.ready, self._ready_file)
 
     def kill(self) -> None:
@@ -132,13 +132,16 @@ async def cluster(
     runtimes: int,
     gateways: int,
     store_url: str | None = None,
-    targets: Mapping[int, str] = {},
     settings: Mapping[str, str] = {},
+    gateway_settings: Mapping[str, str] = {},
+    between: Callable[[str], Awaitable[str]] | None = None,
+    started: int | None = None,
 ) -> AsyncIterator[Cluster]:
     """Start that many of both; nothing is left of them at the end.
 
-    Without a store's URL it is the SQLite file `folder/data/runs.sqlite`, of one runtime. `targets` may put something
-    between the gateways and the runtime of a port.
+    Without a store's URL it is the SQLite file `folder/data/runs.sqlite`, of one runtime. `settings` are those of the
+    runtimes. `between` may put something between the gateways and a runtime: it gives the address to call instead.
+    Only the first `started` runtimes are started, where that is said.
     """
     servers = folder / "servers.toml"
     servers.write_text(SERVERS)
@@ -147,7 +150,6 @@ async def cluster(
         "ACP_API_KEY": KEY,
         JOURNAL: str(folder / "journal"),
         **({} if store_url is None else {"ACP_STORE": store_url}),
-        **settings,
     }
     if store_url is not None:
         migrated = await asyncio.to_thread(command, folder, "runtime_service", "migrate", environment=environment)
@@ -161,29 +163,29 @@ async def cluster(
                 *("runtime_service", "serve", "--listen", f"127.0.0.1:{port}"),
                 *("--data-dir", str(folder / "data"), "--servers", str(servers)),
             ),
-            environment,
+            {**environment, **settings},
             port,
         )
         for number, port in enumerate(ports[:runtimes])
     ]
-    target = ",".join(targets.get(service.port, service.address) for service in services)
+    target = ",".join([await between(each.address) if between else each.address for each in services])
     doors = [
         Node(
             f"gateway-{number}",
             folder,
             ("gateway", "serve", "--port", str(port), "--grpc-target", target),
-            environment,
+            {**environment, **gateway_settings},
             port,
         )
         for number, port in enumerate(ports[runtimes:])
     ]
-    started = Cluster(folder, services, doors)
+    running = Cluster(folder, services, doors)
     try:
-        await asyncio.gather(*(node.start() for node in services))
+        await asyncio.gather(*(node.start() for node in services[:started]))
         await asyncio.gather(*(node.start() for node in doors))
-        yield started
+        yield running
     finally:
-        for node in started.nodes:
+        for node in running.nodes:
             node.kill()
 
 

@@ -3,7 +3,7 @@
 from random import Random
 
 from tests.acceptance.client import Client, GaveUp
-from tests.acceptance.history import TERMINAL, Task
+from tests.acceptance.history import Task
 
 _SERVER = "steps"
 
@@ -11,7 +11,7 @@ _SERVER = "steps"
 class Worker:
     """One client after another, each with a piece of work, until it is told to stop."""
 
-    def __init__(self, name: str, client: Client, *, longest_seconds: float, cancels: bool = True) -> None:
+    def __init__(self, name: str, client: Client, *, longest_seconds: float) -> None:
         self.stopping = False
         self._name = name
         self._client = client
@@ -19,8 +19,7 @@ class Worker:
         self._longest_seconds = longest_seconds
         self._tasks = 0
         self._works = [self._wait, self._poll, self._follow, self._converse, self._queue_up, self._repeat, self._join]
-        if cancels:
-            self._works.append(self._cancel)
+        self._works.append(self._cancel)
 
     async def work(self) -> None:
         """Work; what was begun is ended."""
@@ -31,9 +30,7 @@ class Worker:
                 continue
 
     async def _wait(self) -> None:
-        shown = await self._client.start(_SERVER, self._task(), mode="sync", key=self._key())
-        if shown.status not in TERMINAL:
-            await self._client.until_ended(_SERVER, shown.run_id)
+        await self._client.start_and_wait(_SERVER, self._task(), key=self._key())
 
     async def _poll(self) -> None:
         shown = await self._client.start(_SERVER, self._task(), mode="async", key=self._key())

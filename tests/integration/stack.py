@@ -259,11 +259,15 @@ def _frame(lines: list[str]) -> Frame:
 
 
 class Wire:
-    """What lies between gateway and runtime service: a TCP proxy whose connections a test can break."""
+    """What lies between gateway and runtime service: a TCP proxy whose connections a test can break.
+
+    What comes by waits for `delay_seconds` before it is passed on.
+    """
 
     def __init__(self) -> None:
         self.port = 0
         self.swallowed = 0
+        self.delay_seconds = 0.0
         self._swallows: tuple[str, ...] = ()
         self._connections: set[_Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -325,6 +329,7 @@ class Wire:
                 if way in connection.swallows:
                     self.swallowed += len(data)
                 else:
+                    await asyncio.sleep(self.delay_seconds)
                     writer.write(data)
                     await writer.drain()
         except ConnectionError:
