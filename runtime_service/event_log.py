@@ -16,7 +16,7 @@ from typing import Protocol
 
 import msgspec
 
-from runtime_service.errors import Draining, StoreUnavailable
+from runtime_service.errors import Draining
 from runtime_service.live_run import Draft, DraftCursor, Feed, LiveRun, Update
 from runtime_service.runs import TERMINAL, Run, RunEvent, RunStatus
 from runtime_service.store.base import Change, RunStore

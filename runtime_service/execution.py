@@ -50,6 +50,7 @@ class Execution:
         self._store = store
         self._publish = publish
         self._loop = asyncio.get_running_loop()
+        self._live = live
         self._speech = Speech(live, run.last_sequence)
         self._step_planned = False
         self._held = 0
@@ -70,6 +71,7 @@ class Execution:
             outcome = await self._run_agent()
             await self._settle(outcome)
         except TurnLost:
+            self._live.doubt()
             log.info("turn %s of %s was settled or claimed elsewhere", self.run.turn.number, self.run.id)
         finally:
             self._lost = True
@@ -296,7 +298,12 @@ class Execution:
                 speech.stored()
                 self._publish(change)
         except TurnLost:
-            self._lost = True
+            if not self._lost:
+                # Another process has taken the turn: the agent need not be at work until it says more.
+                self._lost = True
+                self._live.doubt()
+                if self._task is not None:
+                    self._task.cancel()
         finally:
             self._flushing = None
 

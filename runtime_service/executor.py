@@ -1,13 +1,15 @@
 """Owns the tasks that execute turns: admit, run, cancel, drain.
 
 A run lives in a task of the executor, never in that of a request. The run table is the queue: a turn is stored as
-running when there is room, as queued when there is not, and claimed later. Knows no gRPC.
+running when there is room, as queued when there is not, and claimed later, by any process of the store. What is
+executed here is held by a lease, which is renewed; what others held and lost is settled in a sweep. Knows no gRPC.
 """
 
 import asyncio
 import logging
-from collections import Counter
-from collections.abc import Awaitable
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -25,6 +27,7 @@ from runtime_service.execution import Execution
 from runtime_service.registry import Registry, Server
 from runtime_service.runs import TERMINAL, LogLevel, Run, RunStatus
 from runtime_service.store.base import (
+    Cancel,
     Change,
     NewRun,
     NewTurn,
@@ -41,15 +44,22 @@ log = logging.getLogger(__name__)
 _CLAIM_BATCH = 64
 _STORE_RETRY_SECONDS = 1.0
 _ADMITTING_SECONDS = 10.0
+_PATIENCE_SECONDS = 5.0
+_COUNT_SECONDS = 0.25
 
 
 class ExecutorLimits(msgspec.Struct, frozen=True):
-    """`max_turns` run at once, `max_queued` wait. A cancelled agent has `cancel_grace_seconds` to end by itself."""
+    """`max_turns` run at once here, about `max_queued` wait. A cancelled agent has `cancel_grace_seconds` to end.
+
+    What is held is renewed every `heartbeat_seconds`, what others have lost is looked for every `sweep_seconds`.
+    """
 
     max_turns: int = 1_024
     max_queued: int = 10_000
     max_attempts: int = 3
     cancel_grace_seconds: float = 5.0
+    heartbeat_seconds: float = 10.0
+    sweep_seconds: float = 15.0
 
 
 class Executor:
@@ -63,26 +73,41 @@ class Executor:
         self._executions: dict[str, Execution] = {}  # the newest of each run
         self._tasks: dict[Execution, asyncio.Task[None]] = {}  # until it has ended, or was given up
         self._occupied = 0  # running turns, and those that are being claimed
-        self._queued: Counter[str] = Counter()  # turns that wait, by run
-        self._queued_total = 0
-        self._ready: set[str] = set()  # runs of which a turn waits for room only
-        self._noted = 0  # how often a run became ready
+        self._queued = 0  # turns that wait, as far as is known here
+        self._counted_at = -math.inf
+        self._waits = False  # a turn may wait for room only
+        self._noted = 0  # how often that was said
         self._queueing = 0  # turns that are being stored as queued
         self._admitting: set[asyncio.Future[Any]] = set()
+        self._telling: dict[asyncio.Future[Change], float] = {}  # who waits for the store, and since when, in order
+        self._keeping: list[asyncio.Task[None]] = []
         self._claiming: asyncio.Task[None] | None = None
         self._draining = False
 
     async def start(self) -> None:
-        """Settle what an earlier process left behind, then execute what waits."""
+        """Settle what is lost, then execute what waits, and go on so until `drain`."""
+        self._store.listen(self)
+        await self._sweep()
+        limits = self._limits
+        self._keeping = [
+            asyncio.create_task(_repeat(seconds, act))
+            for seconds, act in (
+                (limits.heartbeat_seconds, self._store.renew),
+                (limits.sweep_seconds, self._sweep),
+                (_PATIENCE_SECONDS / 5, self._stop_waiting),
+            )
+        ]
+
+    async def _sweep(self) -> None:
         changes = await self._store.recover(self._limits.max_attempts, self._may_repeat)
-        lost = sum(1 for change in changes if change.run.status is RunStatus.FAILED)
         if changes:
+            lost = sum(1 for change in changes if change.run.status is RunStatus.FAILED)
             log.warning("recovered %d turns: %d queued again, %d failed", len(changes), len(changes) - lost, lost)
-        self._queued.update(await self._store.queued_turns())
-        self._queued_total = self._queued.total()
-        for run_id in self._queued:  # nothing is running yet
-            self._note_ready(run_id)
-        self._claim_if_room()
+        for change in changes:
+            self._event_log.doubt(change.run.id)
+        await self._count()
+        if self._queued:
+            self.turns_wait()
 
     # Requests
 
@@ -94,7 +119,9 @@ class Executor:
         try:
             claim = self._admit(server)
         except RunServiceError as refusal:
-            return await self._requested(new, refusal)
+            if (known := await self._requested(new, refusal)) is not None:
+                return known
+            claim = self._admit(server)
         execution = None
         if claim and server.agent.begins_early:
             # What it writes comes behind the acceptance, often in the same commit.
@@ -106,25 +133,41 @@ class Executor:
         try:
             claim = self._admit(server)
         except RunServiceError as refusal:
-            return await self._requested(new, refusal)
+            if (known := await self._requested(new, refusal)) is not None:
+                return known
+            claim = self._admit(server)
         return await self._accepted(self._store.continue_run(new, claim=claim), claim)
 
-    async def _requested(self, new: NewRun | NewTurn, refusal: RunServiceError) -> Change:
-        """Answer a request that was accepted before; raise `refusal` where it was not."""
-        if new.request_id is not None and (known := await self._store.get_requested(new)) is not None:
+    async def _requested(self, new: NewRun | NewTurn, refusal: RunServiceError) -> Change | None:
+        """Answer a request that was accepted before; else raise `refusal`, unless there may be room by now."""
+        if new.request is not None and (known := await self._store.get_requested(new)) is not None:
             return known
-        raise refusal
+        if not isinstance(refusal, CapacityExceeded) or not await self._count():
+            raise refusal
+        return None
 
-    async def cancel_run(self, organization: str, server_id: str, run_id: str) -> Change:
-        """Cancel every open turn of a run; returns once that is written down. Raises RunNotFound."""
-        cancel = asyncio.ensure_future(self._cancel(organization, server_id, run_id))
-        self._admitting.add(cancel)
-        cancel.add_done_callback(self._admitting.discard)
-        return await asyncio.shield(cancel)
+    async def _count(self) -> bool:
+        """Look how many turns wait, unless that was done a moment ago."""
+        now = asyncio.get_running_loop().time()
+        if now - self._counted_at < _COUNT_SECONDS:
+            return False
+        self._counted_at = now
+        self._queued = await self._store.count_queued()
+        return True
+
+    def executes(self, run_id: str) -> bool:
+        """Return whether a turn of the run is executed here."""
+        return run_id in self._executions
+
+    async def cancel_run(self, cancel: Cancel) -> Change:
+        """Cancel every open turn of a run; returns once that is written down. Raises RunNotFound, RequestIdReused."""
+        return await self._told(asyncio.ensure_future(self._cancel(cancel)), _ignore)
 
     async def drain(self, grace_seconds: float) -> None:
         """Take no more work, give running turns the grace period, put the rest back into the queue."""
         self._draining = True
+        for task in self._keeping[1:]:
+            task.cancel()
         if self._admitting:
             await asyncio.wait(self._admitting, timeout=_ADMITTING_SECONDS)
         if self._claiming is not None:
@@ -138,6 +181,8 @@ class Executor:
             await asyncio.wait(left.values(), timeout=self._limits.cancel_grace_seconds)
             log.info("%d turns go back to the queue", len(left))
             await asyncio.gather(*(execution.release() for execution in left))
+        for task in self._keeping:
+            task.cancel()
 
     # Admission
 
@@ -147,37 +192,58 @@ class Executor:
             raise Draining
         if (reason := server.agent.unavailable_reason()) is not None:
             raise AgentUnavailable(reason)
-        if self._occupied < self._limits.max_turns and not self._ready:
+        if not self._store.is_available:
+            raise StoreUnavailable("The store cannot be reached; nothing was changed. Try again in a moment.")
+        if self._occupied < self._limits.max_turns and not self._waits:
             self._occupied += 1
             return True
-        if self._queued_total + self._queueing >= self._limits.max_queued:
+        if self._queued + self._queueing >= self._limits.max_queued:
             raise CapacityExceeded(
-                f"{self._queued_total} turns are waiting already; try again in a moment.",
+                f"{self._queued} turns are waiting already; try again in a moment.",
                 retry_after_seconds=1.0,
             )
         self._queueing += 1
         return False
 
     async def _accepted(self, write: Awaitable[Change], claim: bool, execution: Execution | None = None) -> Change:
-        accepted = asyncio.ensure_future(write)
-        self._admitting.add(accepted)
+        return await self._told(asyncio.ensure_future(write), partial(self._on_accepted, claim, execution))
+
+    async def _told(self, write: asyncio.Future[Change], on_done: Callable[[asyncio.Future[Change]], None]) -> Change:
+        """Wait for a write as long as a caller should; it goes on to its end, where `on_done` sees to what follows."""
+        self._admitting.add(write)
         # The caller waits for another future than the store's: its cancel is not the write's.
-        told: asyncio.Future[Change] = asyncio.get_running_loop().create_future()
-        accepted.add_done_callback(partial(self._on_accepted, claim, execution, told))
+        loop = asyncio.get_running_loop()
+        told: asyncio.Future[Change] = loop.create_future()
+        self._telling[told] = loop.time()
+        write.add_done_callback(partial(self._on_done, told, on_done))
         return await told
 
-    def _on_accepted(
+    def _on_done(
         self,
-        claim: bool,
-        execution: Execution | None,
         told: asyncio.Future[Change],
-        accepted: asyncio.Future[Change],
+        on_done: Callable[[asyncio.Future[Change]], None],
+        write: asyncio.Future[Change],
     ) -> None:
+        self._admitting.discard(write)
+        self._telling.pop(told, None)
+        _pass_on(write, told)
+        on_done(write)
+
+    async def _stop_waiting(self) -> None:
+        """Tell the callers that have waited too long for the store that they may ask again."""
+        before = asyncio.get_running_loop().time() - _PATIENCE_SECONDS
+        for told, since in list(self._telling.items()):
+            if since > before:
+                return
+            del self._telling[told]
+            if not told.done():
+                message = "The store does not answer; the request may still take effect. Ask again in a moment."
+                told.set_exception(StoreUnavailable(message))
+
+    def _on_accepted(self, claim: bool, execution: Execution | None, accepted: asyncio.Future[Change]) -> None:
         """A turn was stored now, before, or not; `claim` says that room was reserved, `execution` is its early one."""
-        self._admitting.discard(accepted)
         if not claim:
             self._queueing -= 1
-        _pass_on(accepted, told)
         if accepted.cancelled() or accepted.exception() is not None or accepted.result().replayed:
             if execution is not None:
                 execution.take_rest()
@@ -191,23 +257,59 @@ class Executor:
         elif change.run.status is RunStatus.RUNNING:
             self._launch(change)
         else:
-            self._note_queued(change)
+            self._queued += 1
+            if change.run.turn.ready:
+                self._note_ready()
+            self._publish(change)
             if claim:
                 self._vacate()
             else:
                 self._claim_if_room()
 
-    def _note_queued(self, change: Change) -> None:
-        run = change.run
-        self._queued[run.id] += 1
-        self._queued_total += 1
-        if run.turn.ready:
-            self._note_ready(run.id)
-        self._publish(change)
-
-    def _note_ready(self, run_id: str) -> None:
-        self._ready.add(run_id)
+    def _note_ready(self) -> None:
+        self._waits = True
         self._noted += 1
+
+    # What other processes do
+
+    def turns_wait(self) -> None:
+        """A turn waits that may be claimed."""
+        self._note_ready()
+        self._claim_if_room()
+
+    def runs_changed(self, run_ids: Sequence[str]) -> None:
+        """Another process wrote to these runs; to any, where none is named."""
+        if not run_ids:
+            self._event_log.doubt_all(but=self._executions)
+        for run_id in run_ids:
+            self._event_log.doubt(run_id)
+            if (execution := self._executions.get(run_id)) is not None:
+                checking = asyncio.ensure_future(self._check(execution))
+                self._admitting.add(checking)
+                checking.add_done_callback(self._admitting.discard)
+
+    async def _check(self, execution: Execution) -> None:
+        """Look whether a turn is still to be executed here, and how far its log has grown."""
+        run = execution.run
+        try:
+            now = await self._store.get_run(run.organization, run.server_id, run.id, run.turn.number)
+        except RunServiceError:
+            return  # whoever took the turn away is known at its next write
+        if now.turn.epoch == run.turn.epoch:
+            execution.log_grew(now.last_sequence)
+        else:
+            self._lose(execution)
+
+    def held_lost(self) -> None:
+        """What is executed here was not renewed in time: other processes execute it."""
+        log.error("the lease was lost: %d turns are left to others", len(self._executions))
+        for execution in list(self._executions.values()):
+            self._lose(execution)
+
+    def _lose(self, execution: Execution) -> None:
+        execution.take_rest()
+        self._end_agent(execution)
+        self._event_log.doubt(execution.run.id)
 
     # Claiming
 
@@ -216,13 +318,13 @@ class Executor:
         self._claim_if_room()
 
     def _claim_if_room(self) -> None:
-        if self._claiming is None and self._ready and not self._draining:
+        if self._claiming is None and self._waits and not self._draining:
             self._claiming = asyncio.create_task(self._claim())
 
     async def _claim(self) -> None:
         """Claim as long as there is room and something waits for it. What comes up meanwhile is seen here, too."""
         try:
-            while self._ready and not self._draining:
+            while self._waits and not self._draining:
                 room = min(self._limits.max_turns - self._occupied, _CLAIM_BATCH)
                 if room <= 0:
                     return
@@ -236,21 +338,13 @@ class Executor:
                     continue
                 finally:
                     self._occupied -= room - len(changes)
+                self._queued = max(0, self._queued - len(changes))
                 for change in changes:
-                    self._ready.discard(change.run.id)
-                    self._forget_queued(change.run.id, 1)
                     self._launch(change)
-                if not changes and noted == self._noted:
-                    return  # cancelled meanwhile; the cancel takes it off the list
+                if len(changes) < room and noted == self._noted:
+                    self._waits = False
         finally:
             self._claiming = None
-
-    def _forget_queued(self, run_id: str, count: int) -> None:
-        count = min(count, self._queued[run_id])
-        self._queued_total -= count
-        self._queued[run_id] -= count
-        if not self._queued[run_id]:
-            del self._queued[run_id]
 
     # Execution
 
@@ -326,16 +420,17 @@ class Executor:
             else:
                 return
 
-    async def _cancel(self, organization: str, server_id: str, run_id: str) -> Change:
+    async def _cancel(self, cancel: Cancel) -> Change:
+        run_id = cancel.run_id
         execution = self._executions.get(run_id)
         if execution is not None and (execution.run.organization, execution.run.server_id) != (
-            organization,
-            server_id,
+            cancel.organization,
+            cancel.server_id,
         ):
             execution = None
         events, output = execution.hold() if execution is not None else ([], None)
         try:
-            change = await self._store.cancel_run(organization, server_id, run_id, events, output)
+            change = await self._store.cancel_run(cancel, events, output)
         except RunServiceError:
             if execution is not None:
                 execution.resume()
@@ -344,8 +439,6 @@ class Executor:
             if execution is not None:
                 execution.resume()
             return change
-        self._ready.discard(run_id)
-        self._forget_queued(run_id, self._queued[run_id])
         # One that was claimed while the cancel was on its way, too; but not one that came behind it.
         ended = {execution, self._executions.get(run_id)}
         settled = [e for e in ended if e is not None and e.run.turn.number <= change.run.last_turn]
@@ -374,12 +467,23 @@ class Executor:
         if execution is not None:
             execution.log_grew(change.run.last_sequence)
         if change.run.status in TERMINAL and change.run.turn.number < change.run.last_turn:
-            self._note_ready(change.run.id)
+            self._note_ready()
         self._event_log.publish(change)
 
     def _may_repeat(self, server_id: str) -> bool:
         server = self._registry.executor_of(server_id)
         return server is not None and server.agent.repeatable
+
+
+async def _repeat(seconds: float, act: Callable[[], Awaitable[object]]) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        with suppress(StoreUnavailable):  # there is a next time
+            await act()
+
+
+def _ignore(_: asyncio.Future[Change]) -> None:
+    """Nothing follows."""
 
 
 def _pass_on(done: asyncio.Future[Change], told: asyncio.Future[Change]) -> None:

@@ -1,4 +1,4 @@
-"""What is known in this process of a run that is executed or followed here: its newest events, its draft, its followers.
+"""What is known in this process of a run that is executed or followed here: newest events, draft, followers.
 
 Knows the domain; neither the store nor who tells of changes.
 """
@@ -146,7 +146,7 @@ class LiveRun:
         return run
 
     def read(self, number: int, run: Run, doubts: int) -> Run | None:
-        """Take in a view that was read from the store since there were so many doubts; return it unless it is in doubt."""
+        """Take in a view whose reading began when there were so many doubts; return it unless it is in doubt."""
         if doubts != self.doubts:
             return None
         if doubts:

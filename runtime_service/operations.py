@@ -14,10 +14,12 @@ from runtime_service.convert import add_events, fill_run, fill_state, fill_threa
 from runtime_service.errors import InvalidRequest
 from runtime_service.event_log import EventLog, FollowOptions
 from runtime_service.executor import Executor
+from runtime_service.live_run import Update
+from runtime_service.peers import Peers
 from runtime_service.registry import Registry, Server
 from runtime_service.runs import TERMINAL, Run, RunMode, RunStatus, new_run_id, now_ms
-from runtime_service.store.base import Change, NewRun, NewTurn, RunStore
-from runtime_service.validation import RequestLimits, checked_input, checked_metadata, checked_request_id, checked_title
+from runtime_service.store.base import Cancel, Change, NewRun, NewTurn, RunStore
+from runtime_service.validation import RequestLimits, checked_input, checked_metadata, checked_request, checked_title
 
 _MAX_PAGE = 200
 _DEFAULT_PAGE = 50
@@ -31,10 +33,13 @@ class RunNews(NamedTuple):
     run: Run
     update: Update
     session_protocol: str
+    replayed: bool = False
 
     def fill(self, message: rpc.RunUpdate) -> None:
         """Put it into a message, in place: a message that is put into another is copied."""
-        fill_update(message, *self)
+        fill_update(message, self.run, self.update, self.session_protocol)
+        if self.replayed:
+            message.replayed = True
 
 
 # Takes what a run goes through; returns once the next may come.
@@ -50,53 +55,67 @@ class Operations:
         executor: Executor,
         event_log: EventLog,
         registry: Registry,
+        peers: Peers,
         limits: RequestLimits,
     ) -> None:
         self._store = store
         self._executor = executor
         self._event_log = event_log
         self._registry = registry
+        self._peers = peers
         self._limits = limits
 
     async def start_run(self, organization: str, request: rpc.StartRunRequest, send: Send) -> None:
         """Accept a run; in mode sync follow its first turn."""
         server = self._server(organization, request.server)
+        text = checked_input(request.input, self._limits)
+        title = checked_title(request.title, self._limits)
+        metadata = checked_metadata(request.metadata_json, self._limits)
         new = NewRun(
             id=new_run_id(),
             organization=server.organization,
             server_id=server.id,
-            input=checked_input(request.input, self._limits),
+            input=text,
             mode=run_mode(request.mode),
             created_at_ms=now_ms(),
-            title=checked_title(request.title, self._limits),
-            metadata=checked_metadata(request.metadata_json, self._limits),
-            request_id=checked_request_id(request.request_id),
+            title=title,
+            metadata=metadata,
+            request=checked_request(
+                request.request_id, request.request_digest, "start", server.id, text, title, metadata
+            ),
         )
         wait_seconds = _wait_seconds(request.stream.wait_ms, "stream.wait_ms")
         with self._event_log.held(new.id):
             change = await self._executor.start_run(new, server)
-            await self._follow_turn(change, server, request.stream, wait_seconds, send)
+            await self._follow_turn(change, server, new.mode, request.stream, wait_seconds, send)
 
     async def continue_run(self, organization: str, request: rpc.ContinueRunRequest, send: Send) -> None:
         """Open a run's next turn; in mode sync follow it."""
         server = self._server(organization, request.server)
+        run_id = request.run_id
+        text = checked_input(request.input, self._limits)
+        metadata = checked_metadata(request.metadata_json, self._limits)
         new = NewTurn(
             organization=server.organization,
             server_id=server.id,
-            run_id=request.run_id,
-            input=checked_input(request.input, self._limits),
+            run_id=run_id,
+            input=text,
             mode=run_mode(request.mode),
             created_at_ms=now_ms(),
-            metadata=checked_metadata(request.metadata_json, self._limits),
-            request_id=checked_request_id(request.request_id),
+            metadata=metadata,
+            request=checked_request(
+                request.request_id, request.request_digest, "continue", server.id, run_id, text, metadata
+            ),
         )
         wait_seconds = _wait_seconds(request.stream.wait_ms, "stream.wait_ms")
         with self._event_log.held(new.run_id):
             change = await self._executor.continue_run(new, server)
-            await self._follow_turn(change, server, request.stream, wait_seconds, send)
+            await self._follow_turn(change, server, new.mode, request.stream, wait_seconds, send)
 
-    async def watch_run(self, organization: str, request: rpc.WatchRunRequest, send: Send) -> None:
-        """Replay after a sequence, then follow."""
+    async def watch_run(
+        self, organization: str, request: rpc.WatchRunRequest, send: Send, *, relayed: bool = False
+    ) -> None:
+        """Replay after a sequence, then follow; `relayed` to another runtime service, only what is known here."""
         server = self._server(organization, request.server)
         run = await self._run(server, request.run_id)
         if not 0 <= request.turn <= run.last_turn:
@@ -105,6 +124,7 @@ class Operations:
             turn=request.turn or None,
             deltas=request.stream.deltas,
             wait_seconds=_wait_seconds(request.stream.wait_ms, "stream.wait_ms"),
+            relayed=relayed,
         )
         after = _checked_after(request.after_sequence)
         await self._follow(run, server, after, options, send)
@@ -151,22 +171,39 @@ class Operations:
         add_events(answer.events, run, events)
         return answer
 
-    async def cancel_run(self, organization: str, request: rpc.CancelRunRequest) -> rpc.CancelRunResponse:
-        """Cancel every open turn of a run."""
+    async def cancel_run(
+        self, organization: str, request: rpc.CancelRunRequest, *, relayed: bool = False
+    ) -> rpc.CancelRunResponse:
+        """Cancel every open turn of a run; `relayed` by another runtime service, it is done here."""
         server = self._server(organization, request.server)
-        change = await self._executor.cancel_run(server.organization, server.id, request.run_id)
-        answer = rpc.CancelRunResponse()
+        run_id = request.run_id
+        asked = checked_request(request.request_id, request.request_digest, "cancel", server.id, run_id)
+        if not relayed and not self._executor.executes(run_id):
+            holder = (await self._run(server, run_id)).holder
+            # What the agent has said and not stored is known to who executes the run. Without him it is cancelled, too.
+            if holder is not None and (told := await self._peers.cancel(holder, organization, request)) is not None:
+                return told
+        change = await self._executor.cancel_run(Cancel(server.organization, server.id, run_id, asked))
+        answer = rpc.CancelRunResponse(replayed=change.replayed)
         fill_state(answer, change.run, server.agent.session_protocol)
         add_events(answer.events, change.run, change.events)
         return answer
 
     async def _follow_turn(
-        self, change: Change, server: Server, stream: rpc.StreamOptions, wait_seconds: float | None, send: Send
+        self,
+        change: Change,
+        server: Server,
+        mode: RunMode,
+        stream: rpc.StreamOptions,
+        wait_seconds: float | None,
+        send: Send,
     ) -> None:
         """Follow the turn that was accepted, from its user event on; in mode async tell of its acceptance only."""
         run = change.run
         protocol = server.agent.session_protocol
-        if run.turn.mode is RunMode.ASYNC:
+        if change.replayed:
+            send = _marking_replay(send)
+        if mode is RunMode.ASYNC:
             if not change.replayed:
                 # As it was accepted, queued or running, also when it has ended since.
                 await send(RunNews(run, Update(run, change.events), protocol))
@@ -196,6 +233,18 @@ class Operations:
 
     def _server(self, organization: str, reference: rpc.ServerReference) -> Server:
         return self._registry.resolve(organization, reference.id, connected=reference.connected)
+
+
+def _marking_replay(send: Send) -> Send:
+    """Return what sends as `send` does, and says with the first of the news that nothing was accepted."""
+    first = True
+
+    async def mark(news: RunNews) -> None:
+        nonlocal first
+        news, first = news._replace(replayed=first), False
+        await send(news)
+
+    return mark
 
 
 def _page_size(asked: int, default: int, most: int) -> int:

@@ -70,7 +70,7 @@ class Peers:
         self._channels.clear()
         await asyncio.gather(*(channel.close() for channel in channels), *self._closing)
 
-    def _stub(self, address: str) -> "run_service_pb2_grpc.RunServiceAsyncStub":
+    def _stub(self, address: str) -> run_service_pb2_grpc.RunServiceStub:
         channel = self._channels.pop(address, None)
         if channel is None:
             channel = grpc.aio.insecure_channel(address, options=self._options)
@@ -79,7 +79,7 @@ class Peers:
             closing = asyncio.ensure_future(self._channels.pop(next(iter(self._channels))).close(None))
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
-        return run_service_pb2_grpc.RunServiceStub(channel)  # type: ignore[return-value]
+        return run_service_pb2_grpc.RunServiceStub(channel)
 
     def _metadata(self, organization: str) -> _Metadata:
         return (("authorization", f"Bearer {self._token}"), ("x-acp-organization", organization), (RELAYED, "1"))

@@ -113,7 +113,7 @@ class Turn(msgspec.Struct, frozen=True):
 class Run(msgspec.Struct, frozen=True):
     """A conversation with one agent runtime, showing one of its turns: the latest unless said otherwise.
 
-    `holder` is the address of the runtime service that executes the turn shown, where that is not this one.
+    `holder` is the address of the runtime service that executes a turn of the run now, where that is not this one.
     """
 
     id: str

@@ -8,6 +8,7 @@ from protos.acp.runs.v1 import run_service_pb2 as rpc
 from protos.acp.runs.v1 import run_service_pb2_grpc
 from runtime_service.errors import InvalidRequest
 from runtime_service.operations import Operations, RunNews, Send
+from runtime_service.peers import RELAYED
 from runtime_service.session import Sessions
 
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -35,7 +36,8 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
 
     async def WatchRun(self, request: rpc.WatchRunRequest, context: _Context) -> None:  # type: ignore[override]
         """Replay after a sequence, then follow."""
-        await self._operations.watch_run(_organization(context), request, _sender(context, rpc.WatchRunResponse))
+        send = _sender(context, rpc.WatchRunResponse)
+        await self._operations.watch_run(_organization(context), request, send, relayed=_is_relayed(context))
 
     async def GetRun(self, request: rpc.GetRunRequest, context: _Context) -> rpc.GetRunResponse:
         """Return one run."""
@@ -51,7 +53,7 @@ class RunService(run_service_pb2_grpc.RunServiceServicer):
 
     async def CancelRun(self, request: rpc.CancelRunRequest, context: _Context) -> rpc.CancelRunResponse:
         """Cancel every open turn of a run."""
-        return await self._operations.cancel_run(_organization(context), request)
+        return await self._operations.cancel_run(_organization(context), request, relayed=_is_relayed(context))
 
     async def Session(self, _: object, context: _Context) -> None:  # type: ignore[override]
         """Many calls over one stream."""
@@ -70,7 +72,17 @@ def _sender(context: _Context, response_type: _Updates) -> Send:
 
 
 def _organization(context: _Context) -> str:
+    if (organization := _metadata(context, "x-acp-organization")) is None:
+        raise InvalidRequest("x-acp-organization", "must be set in the metadata of the call")
+    return organization
+
+
+def _is_relayed(context: _Context) -> bool:
+    return _metadata(context, RELAYED) is not None
+
+
+def _metadata(context: _Context, name: str) -> str | None:
     for key, value in context.invocation_metadata() or ():
-        if key == "x-acp-organization":
+        if key == name:
             return value if isinstance(value, str) else value.decode("ascii", "replace")
-    raise InvalidRequest("x-acp-organization", "must be set in the metadata of the call")
+    return None

@@ -127,17 +127,21 @@ class StoreListener(Protocol):
     """Who is told what other processes do to the store. Told too often does no harm; now and then it is late."""
 
     def runs_changed(self, run_ids: Sequence[str]) -> None:
-        """Another process wrote to these runs."""
+        """Another process wrote to these runs; to any, where none is named."""
 
     def turns_wait(self) -> None:
         """A turn waits that may be claimed."""
 
     def held_lost(self) -> None:
-        """All that this process held until now is lost: it did not renew in time. What it claims from now on it holds."""
+        """All that this process held is lost: it did not renew in time. What it claims from now on it holds."""
 
 
 class RunStore(Protocol):
     """Runs, turns and events; see the module's promises. Any method may raise StoreUnavailable."""
+
+    @property
+    def is_available(self) -> bool:
+        """Whether the store can be used, as far as is known; one that cannot is tried again by itself."""
 
     def listen(self, listener: StoreListener) -> None:
         """Tell `listener` from now on."""
@@ -190,16 +194,16 @@ class RunStore(Protocol):
         """Return what an earlier request of the same id gave, None where there is none. Raises RequestIdReused."""
 
     def delete_runs(self, before_ms: int, limit: int) -> Awaitable[Deleted]:
-        """Delete runs that have no open turn and were last written to before a time, those accepted first before others.
+        """Delete runs that have no open turn and were last written to before a time, the earliest accepted first.
 
         One transaction of about `limit` rows at most, in which a row counts once more for each 4 KiB that it holds. A
         run goes at once and whole: nothing of it is found any more, and its requests are as unknown ones. Of a long run
         rows may be left behind, which are deleted, and counted, by the next calls. To be asked for again with the same
-        time until nothing is counted: then no such run is left but what became one meanwhile, and may be found later.
+        time until nothing is counted: then no such run is left but what became one meanwhile, which is found later.
         """
 
     def delete_requests(self, before_ms: int, limit: int) -> Awaitable[int]:
-        """Forget requests made before a time, the oldest first, at most `limit`; return how many, 0 when none is left."""
+        """Forget requests made before a time, the oldest first, at most `limit`; return how many: 0, none is left."""
 
     async def count_queued(self) -> int:
         """Count the turns that wait."""

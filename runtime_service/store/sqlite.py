@@ -25,9 +25,20 @@ from runtime_service.runs import (
     RunEvent,
     RunStatus,
 )
+from runtime_service.store import sqlite_deletions as deletions
 from runtime_service.store import sqlite_rows as rows
 from runtime_service.store import sqlite_writes as writes
-from runtime_service.store.base import Cancel, Change, NewRun, NewTurn, Outcome, RunPage, StoreListener, TurnKey
+from runtime_service.store.base import (
+    Cancel,
+    Change,
+    Deleted,
+    NewRun,
+    NewTurn,
+    Outcome,
+    RunPage,
+    StoreListener,
+    TurnKey,
+)
 from runtime_service.store.group_commit import GroupCommitWriter
 from runtime_service.store.sqlite_turns import RunningTurns
 
@@ -46,6 +57,7 @@ class SQLiteStore:
         self._connection = connection
         # What an earlier process left running: all that is running now, as nobody has asked for anything yet.
         self._left = frozenset(rows.execute(connection, "running_turns", ()))
+        self._deleted_to = (0, 0)  # runs last written to before this time are deleted, up to this key
         self._turns = RunningTurns(connection)
         self._writer = GroupCommitWriter(connection, self._turns)
         self._lock_file = lock_file
@@ -147,9 +159,21 @@ class SQLiteStore:
         self._left = frozenset()
         return changes
 
+    async def delete_runs(self, before_ms: int, limit: int) -> Deleted:
+        """Delete runs last written to before a time."""
+        key = self._deleted_to[1] if self._deleted_to[0] == before_ms else 0
+        deleted, ended = Deleted(0, 0, 0), False
+        while not any(deleted) and not ended:
+            found = await self._read(partial(deletions.old_runs, after=key, before_ms=before_ms, limit=limit))
+            delete = partial(deletions.delete_runs, self._connection, found, before_ms, limit)
+            deleted, key = await self._writer.submit(delete, size=limit)
+            ended = found.ended
+        self._deleted_to = (before_ms, key if any(deleted) else 0)
+        return deleted
+
     def delete_requests(self, before_ms: int, limit: int) -> Awaitable[int]:
         """Forget the requests made before a time."""
-        return self._writer.submit(partial(writes.forget_requests, self._connection, before_ms, limit), size=limit)
+        return self._writer.submit(partial(deletions.forget_requests, self._connection, before_ms, limit), size=limit)
 
     def _submit(self, run_id: str, write: Callable[[apsw.Connection], _T]) -> Awaitable[_T]:
         """Submit a write after which what was known of a run may not be true any more."""

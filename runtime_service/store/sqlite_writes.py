@@ -181,12 +181,6 @@ def _settle_turn(db: apsw.Connection, key: int, number: int, outcome: Outcome, a
     execute(db, "settle_turn", (key, number, outcome.status, outcome.output, outcome.error, outcome.error_code, at))
 
 
-def forget_requests(db: apsw.Connection, before_ms: int, limit: int) -> int:
-    """Forget the oldest requests; return how many."""
-    execute(db, "forget_requests", (before_ms, limit))
-    return db.changes()
-
-
 def _note_request(db: apsw.Connection, request: Request | None, run: Run, number: int, at: int) -> None:
     """Store by what a request is known, and the turn that its answer shows."""
     if request is not None:

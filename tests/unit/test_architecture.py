@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = [
     ["runs", "errors"],
     ["agents", "store", "validation"],
-    ["registry", "event_log", "agent_events"],
+    ["registry", "event_log", "agent_events", "retention"],
     ["speech"],
     ["execution"],
     ["executor"],

@@ -88,11 +88,45 @@ FROM runs JOIN turns ON turns.run_key = runs.run_key AND number = coalesce(?2, l
 WHERE runs.run_key = ?1
 
 -- name: last_run_key
-SELECT coalesce(max(run_key), 0) FROM runs
+-- The greatest in use, also by what is left of a deleted run.
+SELECT max(coalesce((SELECT max(run_key) FROM runs), 0), coalesce((SELECT max(run_key) FROM deleted_runs), 0))
 
 -- name: requested_turn
 SELECT run_key, turn, fingerprint FROM requests JOIN runs ON runs.id = run_id
 WHERE requests.organization = ?1 AND request_id = ?2
+
+-- name: runs_of_age
+-- Whether each was accepted before a time, whether it may be deleted as not used since, and how many rows that are.
+SELECT run_key, created_at_ms < ?2, updated_at_ms < ?2 AND status NOT IN ('queued', 'running'), last_sequence + last_turn
+FROM runs WHERE run_key > ?1 ORDER BY run_key LIMIT ?3
+
+-- name: delete_run
+DELETE FROM runs WHERE run_key = ?1 AND updated_at_ms < ?2 AND status NOT IN ('queued', 'running')
+
+-- name: deleted_runs
+SELECT run_key FROM deleted_runs ORDER BY run_key
+
+-- name: note_deleted_run
+INSERT OR IGNORE INTO deleted_runs (run_key) VALUES (?)
+
+-- name: forget_deleted_run
+DELETE FROM deleted_runs WHERE run_key = ?
+
+-- name: sizes_of_events
+-- octet_length does not read the text.
+SELECT sequence, octet_length(content) + coalesce(octet_length(metadata), 0)
+FROM events WHERE run_key = ?1 ORDER BY sequence LIMIT ?2
+
+-- name: delete_events
+DELETE FROM events WHERE run_key = ?1 AND sequence <= ?2
+
+-- name: sizes_of_turns
+SELECT number, octet_length(input) + coalesce(octet_length(output), 0) + coalesce(octet_length(error), 0)
+               + coalesce(octet_length(metadata), 0)
+FROM turns WHERE run_key = ?1 ORDER BY number LIMIT ?2
+
+-- name: delete_turns
+DELETE FROM turns WHERE run_key = ?1 AND number <= ?2
 
 -- name: forget_requests
 DELETE FROM requests WHERE (organization, request_id) IN (

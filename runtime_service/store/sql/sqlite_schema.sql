@@ -72,4 +72,9 @@ CREATE TABLE events (
     PRIMARY KEY (run_key, sequence)
 ) STRICT, WITHOUT ROWID;
 
+-- Runs that were deleted while turns or events of them are still there.
+CREATE TABLE deleted_runs (
+    run_key          INTEGER PRIMARY KEY
+) STRICT;
+
 PRAGMA user_version = 3;
