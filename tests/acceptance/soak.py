@@ -68,6 +68,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--share", type=float, default=1.0)
     options = parser.parse_args(arguments)
     chosen = [name for name in SCENARIOS if not options.words or any(word in name for word in options.words)]
+    if not chosen:
+        parser.error(f"no scenario is called like {options.words}")
     print(f"seed {options.seed}\n")
     print(_COLUMNS.format("scenario", "faults", "runs", "lost", "stuck", "rescue s", "seconds", "notes"), flush=True)
     broken = False
