@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import AsyncIterator
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
 import aiohttp
@@ -41,6 +41,7 @@ _SURFACES: dict[Operation, Surface] = {
 }
 
 Document = dict[str, Any]
+Mode = Literal["sync", "async"]
 
 
 class GaveUp(Exception):
@@ -48,7 +49,10 @@ class GaveUp(Exception):
 
 
 class Wish(NamedTuple):
-    """What is asked for, however often. `text` is the input of the turn that it is to open."""
+    """What is asked for, however often. `text` is the input of the turn that it opens; who is `patient` waits for its end.
+
+    Which is no matter of the body: a key stands for one body, and may be used by those who wait and those who do not.
+    """
 
     operation: Operation
     path: str
@@ -56,6 +60,7 @@ class Wish(NamedTuple):
     key: str | None = None
     text: str | None = None
     gateway: str | None = None
+    patient: bool = True
 
     @property
     def may_repeat(self) -> bool:
@@ -78,13 +83,13 @@ class Client:
         """Return a key that nobody else has."""
         return str(UUID(int=self.random.getrandbits(128), version=4))
 
-    async def start(self, server: str, task: Task, *, mode: str, key: str | None) -> Shown:
+    async def start(self, server: str, task: Task, *, mode: Mode, key: str | None) -> Shown:
         """Start a run; return it as it was answered. Raises GaveUp, as all that opens a turn."""
-        return await self._ask(_start(server, task, key, mode=mode))
+        return await self._ask(_start(server, task, key, mode))
 
-    async def resume(self, server: str, run_id: str, task: Task, *, mode: str, key: str | None) -> Shown:
+    async def resume(self, server: str, run_id: str, task: Task, *, mode: Mode, key: str | None) -> Shown:
         """Continue a run; return the turn as it was answered."""
-        return await self._ask(_resume(server, run_id, task, key, mode=mode))
+        return await self._ask(_resume(server, run_id, task, key, mode))
 
     async def cancel(self, server: str, run_id: str, *, key: str | None) -> Shown:
         """Cancel a run; return it as it was answered."""
@@ -176,6 +181,8 @@ class Client:
         headers = dict(self.headers)
         if wish.key is not None:
             headers["Idempotency-Key"] = wish.key
+        if not wish.patient:
+            headers["Prefer"] = "respond-async"
         timeout = aiohttp.ClientTimeout(PATIENCE_SECONDS, sock_connect=_CONNECT_SECONDS)
         if after is not False:
             headers["Accept"] = "text/event-stream"
@@ -316,12 +323,13 @@ def _runs(server: str) -> str:
     return f"/v1/servers/{server}/runs"
 
 
-def _start(server: str, task: Task, key: str | None, **fields: str) -> Wish:
-    return Wish("start", _runs(server), {"content": task.input, **fields}, key, task.input)
+def _start(server: str, task: Task, key: str | None, mode: Mode = "sync") -> Wish:
+    return Wish("start", _runs(server), {"content": task.input}, key, task.input, patient=mode == "sync")
 
 
-def _resume(server: str, run_id: str, task: Task, key: str | None, **fields: str) -> Wish:
-    return Wish("continue", f"{_runs(server)}/{run_id}/input", {"content": task.input, **fields}, key, task.input)
+def _resume(server: str, run_id: str, task: Task, key: str | None, mode: Mode = "sync") -> Wish:
+    path = f"{_runs(server)}/{run_id}/input"
+    return Wish("continue", path, {"content": task.input}, key, task.input, patient=mode == "sync")
 
 
 def _watch(server: str, run_id: str) -> Wish:

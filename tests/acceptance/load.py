@@ -55,8 +55,8 @@ class Worker:
     async def _repeat(self) -> None:
         """A client that did not get, or did not believe, its answer."""
         task, key = self._task(), self._client.new_key()
-        for mode in ("async", "sync"):
-            await self._client.start(_SERVER, task, mode=mode, key=key)
+        await self._client.start(_SERVER, task, mode="async", key=key)
+        await self._client.start(_SERVER, task, mode="sync", key=key)
         await self._client.start_and_follow(_SERVER, task, key=key)
 
     async def _join(self) -> None:

@@ -38,7 +38,7 @@ class Scenario(NamedTuple):
 
     play: Callable[..., Coroutine[Any, Any, Figures]]
     size: str
-    count: int
+    length: int
     others: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -74,9 +74,9 @@ def main(arguments: Sequence[str]) -> int:
     print(_COLUMNS.format("scenario", "faults", "runs", "lost", "stuck", "rescue s", "seconds", "notes"), flush=True)
     broken = False
     for name in chosen:
-        play, size, count, others = SCENARIOS[name]
+        play, size, length, others = SCENARIOS[name]
         with tempfile.TemporaryDirectory(prefix="acp-soak-") as folder:
-            played = play(Path(folder), options.seed, **{size: max(1, round(count * options.share))}, **others)
+            played = play(Path(folder), options.seed, **{size: max(1, round(length * options.share))}, **others)
             figures = asyncio.run(played)
         _print(figures)
         broken = broken or bool(figures.findings)
