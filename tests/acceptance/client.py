@@ -49,9 +49,9 @@ class GaveUp(Exception):
 
 
 class Wish(NamedTuple):
-    """What is asked for, however often. `text` is the input of the turn that it opens; who is `patient` waits for its end.
+    """What is asked for, however often. `text` is the input of the turn that it opens.
 
-    Which is no matter of the body: a key stands for one body, and may be used by those who wait and those who do not.
+    Who is `patient` waits for the end of that; a body does not say so here, for a key stands for one body.
     """
 
     operation: Operation

@@ -10,7 +10,8 @@ from tests.acceptance.history import Task
 from tests.acceptance.stage import Figures, Stage, prove, stage
 
 _CLIENTS = 12
-_LONGEST_SECONDS = 0.03
+_LONGEST_TURN_SECONDS = 0.03
+_LONGEST_DELAY_SECONDS = 0.02
 
 
 async def race_to_the_end(folder: Path, seed: int, races: int, postgres: bool) -> Figures:
@@ -29,7 +30,7 @@ async def race_to_the_end(folder: Path, seed: int, races: int, postgres: bool) -
 async def _race(played: Stage, name: str, numbers: Iterator[int]) -> None:
     client, follower = played.client(), played.client()
     for number in numbers:
-        task = Task(f"{name}-{number}", 1, client.random.random() * _LONGEST_SECONDS)
+        task = Task(f"{name}-{number}", 1, client.random.random() * _LONGEST_TURN_SECONDS)
         run_id = (await client.start("steps", task, mode="async", key=None)).run_id
         async with asyncio.TaskGroup() as group:
             group.create_task(follower.follow("steps", run_id))
@@ -37,7 +38,7 @@ async def _race(played: Stage, name: str, numbers: Iterator[int]) -> None:
 
 
 async def _cancel(client: Client, run_id: str) -> None:
-    await asyncio.sleep(client.random.random() * _LONGEST_SECONDS)
+    await asyncio.sleep(client.random.random() * _LONGEST_DELAY_SECONDS)
     await client.cancel("steps", run_id, key=client.new_key())
     for gateway in client.gateways:
         await client.read_log("steps", run_id, gateway)
