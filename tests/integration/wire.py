@@ -4,11 +4,15 @@ import asyncio
 
 
 class Wire:
-    """What lies between gateway and runtime service: a TCP proxy whose connections a test can break."""
+    """What lies between gateway and runtime service: a TCP proxy whose connections a test can break.
+
+    What comes by waits for `delay_seconds` before it is passed on.
+    """
 
     def __init__(self) -> None:
         self.port = 0
         self.swallowed = 0
+        self.delay_seconds = 0.0
         self._swallows: tuple[str, ...] = ()
         self._passing = asyncio.Event()
         self._passing.set()
@@ -82,6 +86,7 @@ class Wire:
                 if way in connection.swallows:
                     self.swallowed += len(data)
                 else:
+                    await asyncio.sleep(self.delay_seconds)
                     writer.write(data)
                     await writer.drain()
         except ConnectionError:
