@@ -28,8 +28,8 @@ from runtime_service.registry import ConfigurationError
 from runtime_service.retention import RetentionLimits, delete_old_runs
 from runtime_service.server import RuntimeServer
 from runtime_service.session import SessionLimits
-from runtime_service.store.opening import open_store
 from runtime_service.store.base import Deleted
+from runtime_service.store.opening import open_store
 from runtime_service.validation import RequestLimits
 
 _DATA_DIR = Path(".acp")

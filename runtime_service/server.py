@@ -18,8 +18,8 @@ from runtime_service.retention import Retention
 from runtime_service.rpc_errors import ErrorInterceptor
 from runtime_service.service import RunService
 from runtime_service.session import Sessions
-from runtime_service.store.opening import open_store
 from runtime_service.store.base import RunStore
+from runtime_service.store.opening import open_store
 
 _READINESS_SECONDS = 0.25
 

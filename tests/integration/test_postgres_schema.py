@@ -104,6 +104,6 @@ def test_database_that_is_not_there_is_store_unavailable(url: str) -> None:
     """The message names the place, and never the password."""
     url = url.format(server=session_server().url().rpartition("@")[2].partition("/")[0])
     for attempt in (migrate(url), PostgresStore.open(url, address="127.0.0.1:1")):
-        with pytest.raises(StoreUnavailable, match="PostgreSQL at .* cannot be used") as caught:
+        with pytest.raises(StoreUnavailable, match=r"PostgreSQL at .* cannot be used") as caught:
             run_async(attempt)
         assert "hunter2" not in "".join(traceback.format_exception(caught.value))
