@@ -192,8 +192,6 @@ class Executor:
             raise Draining
         if (reason := server.agent.unavailable_reason()) is not None:
             raise AgentUnavailable(reason)
-        if not self._store.is_available:
-            raise StoreUnavailable("The store cannot be reached; nothing was changed. Try again in a moment.")
         if self._occupied < self._limits.max_turns and not self._waits:
             self._occupied += 1
             return True

@@ -98,14 +98,16 @@ class SQLiteStore:
 
     @property
     def is_available(self) -> bool:
-        """The file is there, or every call says what is wrong with it."""
-        return True
+        """Whether the last write was taken."""
+        return not self._writer.was_refused
 
     def listen(self, listener: StoreListener) -> None:
         """Tell nothing: nobody else writes to the file, and what this process holds it cannot lose."""
 
     async def renew(self) -> None:
-        """Do nothing: what is held is held until `close`."""
+        """Find out whether writes are taken again; what is held is held until `close`."""
+        if self._writer.was_refused:
+            await self._writer.submit(lambda: self._connection.pragma("user_version", SCHEMA_VERSION))
 
     # Writes
 
