@@ -153,6 +153,7 @@ class GroupCommitWriter:
 
     def _on_logged(self, _connection: apsw.Connection, _database: str, pages: int) -> int:
         self._log_pages = pages
+        self.was_refused = False
         return apsw.SQLITE_OK
 
     def _write_soon(self) -> None:
@@ -228,8 +229,6 @@ class GroupCommitWriter:
                 if isinstance(error, apsw.Error):
                     self.was_refused = True
                     asked.result = StoreUnavailable(_REFUSED)
-            else:
-                self.was_refused = False
         connection.set_busy_timeout(0)
 
     def _roll_back(self) -> None:

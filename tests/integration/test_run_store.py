@@ -1160,7 +1160,7 @@ def test_sqlite_that_takes_no_writes_is_store_unavailable(
                 case "read-only":
                     writer.pragma("query_only", True)
                 case "commit":
-                    disk.refuse = 5
+                    disk.refuse = 10
                 case "locked":
                     monkeypatch.setattr("runtime_service.store.group_commit._BUSY_MS", 1)
             lock = write_lock(file.path) if failure == "locked" else None
@@ -1171,11 +1171,17 @@ def test_sqlite_that_takes_no_writes_is_store_unavailable(
                 assert isinstance(result, StoreUnavailable)
                 assert result.retry_after_seconds is not None
             assert await snapshot(store, run) == before
+            assert not store.is_available
+            if failure != "full":  # a file that holds no more may take a change that needs no more room
+                with pytest.raises(StoreUnavailable):
+                    await store.renew()
             if lock is not None:
                 lock.__exit__(None, None, None)
             writer.pragma("max_page_count", 1 << 30)
             writer.pragma("query_only", False)
             disk.refuse = 0
+            await store.renew()
+            assert store.is_available
             assert (await store.append_events(key_of(run), said("x" * 100_000))).events[0].sequence == 2
 
     run_async(main())
