@@ -31,6 +31,12 @@ _LOG = logging.getLogger(__name__)
 _TURNING_AWAY_SECONDS: Final = 1.0
 _TURNING_AWAY_AT_ONCE: Final = 256
 
+# When no more connections are taken, one that has had no request yet is kept so long: its first one is on its way.
+_FIRST_REQUEST_SECONDS: Final = 1.0
+# An idle connection whose time is over is looked at again this much later. A loop calls its timers before it reads what
+# has arrived meanwhile, and what is closed unread is a request that fails.
+_SECOND_LOOK_SECONDS: Final = 0.001
+
 
 @dataclass(frozen=True, slots=True)
 class HttpLimits:
@@ -93,6 +99,42 @@ class GatewayRunner(web.AppRunner):
             auto_decompress=False,
         )
         self._limits = limits
+        app.on_response_prepare.append(self._end_connection)
+
+    def announce_end(self) -> None:
+        """From now on each answer ends its connection, and says so; connections are still taken."""
+        self._own_server.is_ending = True
+
+    async def stop_listening(self) -> None:
+        """Take no more connections, and close the idle ones. A request that has arrived by now is answered."""
+        self.announce_end()
+        # What has arrived is taken in by one turn of the loop, and begun by the next.
+        for _ in range(2):
+            await asyncio.sleep(0)
+        for site in self.sites:
+            await site.stop()
+        for connection in self._own_server.connections:
+            cast(_Connection, connection).end_when_idle()
+
+    async def wait_for_answers(self, seconds: float) -> bool:
+        """Wait until no connection is left, for so long; return whether that is so."""
+        deadline = asyncio.get_running_loop().time() + seconds
+        while connections := self._own_server.connections:
+            left = deadline - asyncio.get_running_loop().time()
+            if left <= 0:
+                return False
+            tasks = [connection._task_handler for connection in connections if connection._task_handler is not None]
+            await (asyncio.wait(tasks, timeout=left) if tasks else asyncio.sleep(0))
+        return True
+
+    @property
+    def _own_server(self) -> "_Server":
+        return cast(_Server, self._server)
+
+    async def _end_connection(self, request: web.Request, response: web.StreamResponse) -> None:
+        if self._own_server.ends_with_answer(request.protocol):
+            response.headers["Connection"] = "close"
+            response.force_close()
 
     @property
     def open_connections(self) -> int:
@@ -130,6 +172,11 @@ class _Server(web.Server):
         self.limits = limits
         self.turning_away = 0
         self.is_full = False
+        self.is_ending = False
+
+    def ends_with_answer(self, connection: RequestHandler) -> bool:
+        """Whether the next answer is the last one of its connection; not while others wait behind it."""
+        return self.is_ending and not connection._messages
 
     def __call__(self) -> RequestHandler:
         return _Connection(self, loop=self._loop, **self._kwargs)
@@ -143,12 +190,13 @@ class _Connection(RequestHandler):
     head that does not come in one piece.
     """
 
-    __slots__ = ("_head_begun", "_head_timer", "_is_turned_away", "_took_offence")
+    __slots__ = ("_head_begun", "_head_timer", "_is_looked_at_again", "_is_turned_away", "_took_offence")
 
     def __init__(self, server: _Server, **kwargs: Any) -> None:
         super().__init__(server, **kwargs)
         self._head_begun = False
         self._head_timer: asyncio.TimerHandle | None = None
+        self._is_looked_at_again = False
         self._is_turned_away = False
         # The parser has refused something; what follows on this connection has no meaning.
         self._took_offence = False
@@ -193,6 +241,16 @@ class _Connection(RequestHandler):
         if self._reading_paused:
             super().resume_reading(resume_parser)
 
+    def end_when_idle(self, *, had_its_time: bool = False) -> None:
+        """Close, unless a request is under way, whose answer ends the connection, or on its way."""
+        waiter = self._waiter
+        if waiter is None or waiter.done() or self._head_begun:
+            return
+        if self._request_count or had_its_time:
+            self.force_close()
+        else:
+            self._loop.call_later(_FIRST_REQUEST_SECONDS, partial(self.end_when_idle, had_its_time=True))
+
     async def shutdown(self, timeout: float | None = 15.0) -> None:
         self._stop_head_timer()
         await super().shutdown(timeout)
@@ -207,11 +265,12 @@ class _Connection(RequestHandler):
                     answer = error_answer(from_http_exception(answer), request)
             elif not isinstance(answer, web.StreamResponse):
                 answer = self.handle_error(request, 500, TypeError(f"A handler returned {type(answer)}."))
-        if self._took_offence and not self._messages:
-            # That was the last request that could be understood.
+        manager = cast(_Server | None, self._manager)
+        if (self._took_offence and not self._messages) or (manager is not None and manager.ends_with_answer(self)):
+            # Nothing behind that can be understood, or will be answered.
             self._close = True
         if type(answer) is JsonAnswer:
-            if self._is_usual(request, answer):
+            if not self._close and self._is_usual(request, answer):
                 return await self._write_answer(answer)
             answer = answer.to_response()
         return await super().finish_response(request, answer, start_time)
@@ -304,6 +363,13 @@ class _Connection(RequestHandler):
             # The head of the next request is on its way, with a time-out of its own.
             self._keepalive_handle = None
             return
+        waiter = self._waiter
+        is_over = self._loop.time() >= self._next_keepalive_close_time and waiter is not None and not waiter.done()
+        if is_over and not self._is_looked_at_again:
+            self._is_looked_at_again = True
+            self._keepalive_handle = self._loop.call_later(_SECOND_LOOK_SECONDS, self._process_keepalive)
+            return
+        self._is_looked_at_again = False
         super()._process_keepalive()
 
     def _head_is_late(self) -> None:

@@ -439,6 +439,7 @@ class Executor:
             if execution is not None:
                 execution.resume()
             return change
+        self._counted_at = -math.inf  # some may wait no longer
         # One that was claimed while the cancel was on its way, too; but not one that came behind it.
         ended = {execution, self._executions.get(run_id)}
         settled = [e for e in ended if e is not None and e.run.turn.number <= change.run.last_turn]

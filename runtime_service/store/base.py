@@ -203,7 +203,7 @@ class RunStore(Protocol):
         """
 
     def delete_requests(self, before_ms: int, limit: int) -> Awaitable[int]:
-        """Forget requests made before a time, the oldest first, at most `limit`; return how many: 0, none is left."""
+        """Forget requests made before a time, at most `limit`; return how many, 0 when none is left."""
 
     async def count_queued(self) -> int:
         """Count the turns that wait."""
@@ -263,6 +263,19 @@ def user_event(new: NewRun | NewTurn) -> EventDraft:
 def incomplete_event(text: str) -> EventDraft:
     """Return the event that keeps what an agent had said of a message that it never ended."""
     return EventDraft(EventRole.ASSISTANT, text, now_ms(), log_type="incomplete", log_level=LogLevel.WARN)
+
+
+ATTEMPT_BEGINS = "Attempt {attempt} begins: the one before was lost."
+"""What the log says where a turn is begun again, with the number of its attempt."""
+
+
+def runtime_lost(attempt: int, said: str | None = None) -> Outcome:
+    """Return the outcome of a turn that was lost with its runtime and is not begun again; `said` is its draft."""
+    error = (
+        f"The runtime was lost while it executed this turn (attempt {attempt}), and the turn is not begun again. "
+        "Send the input once more to try again."
+    )
+    return Outcome(RunStatus.FAILED, said, error, "RUNTIME_LOST")
 
 
 def log_event(log_type: str, level: LogLevel, content: str) -> EventDraft:

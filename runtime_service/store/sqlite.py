@@ -96,6 +96,11 @@ class SQLiteStore:
 
     # Other processes: there are none, the file is this one's alone
 
+    @property
+    def is_available(self) -> bool:
+        """The file is there, or every call says what is wrong with it."""
+        return True
+
     def listen(self, listener: StoreListener) -> None:
         """Tell nothing: nobody else writes to the file, and what this process holds it cannot lose."""
 

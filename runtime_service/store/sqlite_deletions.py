@@ -14,6 +14,7 @@ from runtime_service.store.base import Deleted
 from runtime_service.store.sqlite_rows import execute
 
 _PAGE_RUNS = 1_000
+_PAGE_REQUESTS = 10_000
 _ROW_BYTES = 4_096  # what a row may hold and count as one
 
 
@@ -84,6 +85,6 @@ def _delete_rows(db: apsw.Connection, table: str, key: int, room: int) -> tuple[
 
 
 def forget_requests(db: apsw.Connection, before_ms: int, limit: int) -> int:
-    """Forget the oldest requests; return how many."""
-    execute(db, "forget_requests", (before_ms, limit))
+    """Forget requests made before a time; return how many."""
+    execute(db, "forget_requests", (before_ms, limit, _PAGE_REQUESTS))
     return db.changes()

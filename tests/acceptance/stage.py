@@ -28,7 +28,7 @@ from tests.acceptance.stored import (
     sample_turns,
     sqlite_select,
 )
-from tests.integration.stack import Wire
+from tests.integration.wire import Wire
 from tests.postgres import PostgresServer
 
 LONGEST_RESCUE_SECONDS = 45.0

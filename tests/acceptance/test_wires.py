@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.acceptance.history import Task
 from tests.acceptance.stage import Figures, Stage, prove, stage
-from tests.integration.stack import Wire
+from tests.integration.wire import Wire
 
 _SEEN_SECONDS = 20.0
 _CALL_SECONDS = 10.0

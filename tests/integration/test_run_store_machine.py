@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from runtime_service.runs import ALLOWED, TERMINAL, Run, RunStatus
-from runtime_service.store.base import Cancel, Change, Outcome, TurnKey, TurnLost
-from runtime_service.store.sqlite import SQLiteStore
-from tests.support import ORGANIZATION, SERVER, contents, log_of, new_run, next_turn, said
+from runtime_service.store.base import Cancel, Change, Deleted, NewRun, NewTurn, Outcome, TurnKey, TurnLost
+from tests.stores import KINDS
+from tests.support import ORGANIZATION, SERVER, cancel_of, contents, log_of, new_run, next_turn, said
 
 MAX_ATTEMPTS = 2
 OUTCOMES = [Outcome(RunStatus.COMPLETED, "out"), Outcome(RunStatus.FAILED, None, "It broke.", "AGENT_FAILED")]
@@ -45,8 +45,11 @@ class TurnModel:
 class RunModel:
     """A run as it must be."""
 
+    new: NewRun
     turns: list[TurnModel]
     log: list[tuple[int, str]]
+    asked: list[tuple[NewRun | NewTurn | Cancel, int]]
+    """The requests that were accepted, each with the turn that its answer shows."""
 
     @property
     def first_open(self) -> int | None:
@@ -55,14 +58,24 @@ class RunModel:
 
 
 class RunStoreMachine(RuleBasedStateMachine):
-    """The rules are the store's methods; the invariants its promises."""
+    """The rules are the store's methods; the invariants its promises.
+
+    `fences`: what a closed store held is closed to the next one, too, until it is claimed again.
+    """
+
+    kind = "sqlite"
+    fences = False
 
     def __init__(self) -> None:
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
         self.loop = asyncio.new_event_loop()
-        self.path = Path(self.folder.name) / "runs.sqlite"
+        self.stores = KINDS[self.kind](Path(self.folder.name))
         self.runs: dict[str, RunModel] = {}
+        self.lost: set[TurnKey] = set()
+        self.requests = 0
+        self.deletions = 0
+        self.left = 0  # rows of deleted runs that are still to be deleted
 
     def teardown(self) -> None:
         """Close what is open."""
@@ -78,11 +91,16 @@ class RunStoreMachine(RuleBasedStateMachine):
     @initialize()
     def open(self) -> None:
         """Begin with an empty store."""
-        self.store = self.do(SQLiteStore.open(self.path))
+        self.store = self.do(self.stores.connect())
 
     def pick(self, number: int) -> tuple[str, RunModel]:
         """One of the runs."""
         return list(self.runs.items())[number % len(self.runs)]
+
+    def request_id(self) -> str:
+        """An id that no other request has."""
+        self.requests += 1
+        return str(self.requests)
 
     def extend(self, model: RunModel, turn: int, change: Change) -> None:
         """Hold the events of a change against the end of the log."""
@@ -103,14 +121,14 @@ class RunStoreMachine(RuleBasedStateMachine):
     @rule(claim=st.booleans(), text=st.sampled_from(["a", "é\n"]))
     def start_run(self, claim: bool, text: str) -> None:
         """Accept a run."""
-        new = new_run(text)
+        new = new_run(text, request_id=self.request_id())
 
         async def start() -> Change:
             return await self.store.start_run(new, claim=claim)
 
         change = self.do(start())
         status = RunStatus.RUNNING if claim else RunStatus.QUEUED
-        model = self.runs[new.id] = RunModel([TurnModel(status, int(claim))], [])
+        model = self.runs[new.id] = RunModel(new, [TurnModel(status, int(claim))], [], [(new, 1)])
         self.extend(model, 1, change)
         if claim:
             self.hold(model, change.run)
@@ -119,16 +137,15 @@ class RunStoreMachine(RuleBasedStateMachine):
     @rule(number=PICK, claim=st.booleans())
     def continue_run(self, number: int, claim: bool) -> None:
         """Open the next turn, which runs only when no other is open."""
-        run_id, model = self.pick(number)
+        _, model = self.pick(number)
         runs = claim and model.first_open is None
-        new = next_turn(new_run(), f"turn {len(model.turns) + 1}")
+        new = next_turn(model.new, f"turn {len(model.turns) + 1}", request_id=self.request_id())
 
         async def resume() -> Change:
-            return await self.store.continue_run(
-                type(new)(ORGANIZATION, SERVER, run_id, new.input, new.mode, new.created_at_ms), claim=claim
-            )
+            return await self.store.continue_run(new, claim=claim)
 
         change = self.do(resume())
+        model.asked.append((new, len(model.turns) + 1))
         model.turns.append(TurnModel(RunStatus.RUNNING if runs else RunStatus.QUEUED, int(runs)))
         self.extend(model, len(model.turns), change)
         assert change.run.turn.number == len(model.turns)
@@ -145,6 +162,8 @@ class RunStoreMachine(RuleBasedStateMachine):
             return
         turn = model.turns[open_turn - 1]
         key = turn.keys[-1]
+        if self.fences and key in self.lost:
+            return
         if how == "draft":
             turn.draft = "".join(texts)
             self.do(self._save_draft(key, turn.draft))
@@ -183,7 +202,7 @@ class RunStoreMachine(RuleBasedStateMachine):
             key
             for turn in model.turns
             for key in turn.keys
-            if turn.status is not RunStatus.RUNNING or key != turn.keys[-1]
+            if turn.status is not RunStatus.RUNNING or key != turn.keys[-1] or (self.fences and key in self.lost)
         ]
         if keys:
             with contextlib.suppress(TurnLost):
@@ -194,20 +213,65 @@ class RunStoreMachine(RuleBasedStateMachine):
     @rule(number=PICK, texts=TEXTS)
     def cancel_run(self, number: int, texts: list[str]) -> None:
         """Settle every open turn; none that was settled changes."""
-        run_id, model = self.pick(number)
+        _, model = self.pick(number)
         first = model.first_open
+        cancel = cancel_of(model.new, request_id=self.request_id())
 
-        async def cancel() -> Change:
-            return await self.store.cancel_run(Cancel(ORGANIZATION, SERVER, run_id), said(*texts), "said")
+        async def cancel_run() -> Change:
+            return await self.store.cancel_run(cancel, said(*texts), "said")
 
-        change = self.do(cancel())
+        change = self.do(cancel_run())
+        model.asked.append((cancel, len(model.turns)))
         if first is None:
             assert change.events == ()
             return
         self.extend(model, first, change)
-        assert contents(change.events)[:-1] == texts
+        turn = model.turns[first - 1]
+        kept = [turn.draft] if turn.draft and not texts else texts
+        assert contents(change.events)[:-1] == kept
+        turn.draft = None
         for turn in model.turns[first - 1 :]:
             turn.become(RunStatus.CANCELLED)
+
+    @precondition(lambda self: self.runs)
+    @rule(number=PICK, which=PICK)
+    def ask_again(self, number: int, which: int) -> None:
+        """Repeat a request; it is answered with the turn that it showed, as that is now, and nothing is written."""
+        run_id, model = self.pick(number)
+        request, turn = model.asked[which % len(model.asked)]
+
+        async def ask() -> tuple[Change, Run]:
+            match request:
+                case NewRun():
+                    change = await self.store.start_run(request, claim=True)
+                case NewTurn():
+                    change = await self.store.continue_run(request, claim=True)
+                case Cancel():
+                    change = await self.store.cancel_run(request, said("again"), "again")
+            return change, await self.store.get_run(ORGANIZATION, SERVER, run_id, turn)
+
+        change, run = self.do(ask())
+        assert change == Change(run, (), replayed=True)
+
+    @rule(limit=st.integers(1, 8), times=st.integers(1, 3))
+    def delete_runs(self, limit: int, times: int) -> None:
+        """Delete some of the runs without an open turn, the earliest first; rows of a long one may be left."""
+        self.deletions += 1
+        before_ms = (1 << 50) + self.deletions
+
+        async def delete() -> Deleted:
+            return await self.store.delete_runs(before_ms, limit)
+
+        for _ in range(times):
+            deleted = self.do(delete())
+            unused = [run_id for run_id, model in self.runs.items() if model.first_open is None]
+            assert sum(deleted) <= limit
+            assert any(deleted) == bool(unused or self.left)
+            for run_id in unused[: deleted.runs]:
+                model = self.runs.pop(run_id)
+                self.left += len(model.turns) + len(model.log)
+            self.left -= deleted.turns + deleted.events
+            assert self.left >= 0
 
     @rule(limit=st.integers(1, 3))
     def claim_turns(self, limit: int) -> None:
@@ -235,14 +299,16 @@ class RunStoreMachine(RuleBasedStateMachine):
 
     @rule()
     def reopen(self) -> None:
-        """Close the store and open it again."""
+        """Close the store and open it again: what was running is lost."""
         self.do(self.store.close())
-        self.store = self.do(SQLiteStore.open(self.path))
+        self.store = self.do(self.stores.connect())
+        self.lost = {turn.keys[-1] for model in self.runs.values() for turn in model.turns if turn.keys}
 
-    @rule(may_repeat=st.booleans())
-    def crash(self, may_repeat: bool) -> None:
-        """Lose the runtime; what was running is queued again or fails, and its draft is kept."""
-        self.reopen()
+    @rule(crash=st.booleans(), may_repeat=st.booleans())
+    def recover(self, crash: bool, may_repeat: bool) -> None:
+        """What was lost is queued again or fails, and its draft is kept; the rest is running still."""
+        if crash:
+            self.reopen()
 
         async def recover() -> list[Change]:
             return await self.store.recover(MAX_ATTEMPTS, lambda _: may_repeat)
@@ -250,7 +316,7 @@ class RunStoreMachine(RuleBasedStateMachine):
         changes = {(change.run.id, change.run.turn.number): change for change in self.do(recover())}
         for run_id, model in self.runs.items():
             for number, turn in enumerate(model.turns, 1):
-                if turn.status is not RunStatus.RUNNING:
+                if turn.status is not RunStatus.RUNNING or turn.keys[-1] not in self.lost:
                     continue
                 change = changes.pop((run_id, number))
                 self.extend(model, number, change)
@@ -299,11 +365,21 @@ class RunStoreMachine(RuleBasedStateMachine):
             assert [run.id for run in page.runs] == expected[::-1]
 
 
-TestRunStoreMachine = RunStoreMachine.TestCase
-TestRunStoreMachine.settings = settings(
+class PostgresMachine(RunStoreMachine):
+    """The same over PostgreSQL."""
+
+    kind = "postgresql"
+    fences = True
+
+
+SETTINGS = settings(
     max_examples=40,
     stateful_step_count=30,
     deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
+TestRunStoreMachine = RunStoreMachine.TestCase
+TestRunStoreMachine.settings = SETTINGS
+TestPostgresMachine = PostgresMachine.TestCase
+TestPostgresMachine.settings = SETTINGS

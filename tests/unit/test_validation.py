@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime_service.errors import InvalidRequest
-from runtime_service.validation import RequestLimits, checked_input, checked_metadata, checked_title
+from runtime_service.validation import (
+    RequestLimits,
+    checked_input,
+    checked_metadata,
+    checked_request,
+    checked_title,
+)
 
 LIMITS = RequestLimits(title_characters=8, metadata_bytes=64, input_bytes=16)
 
@@ -152,3 +158,64 @@ def test_metadata_of_any_bytes_is_taken_or_refused(text: bytes) -> None:
     """Nothing else comes out of it."""
     with suppress(InvalidRequest):
         assert checked_metadata(text, LIMITS) in (None, text)
+
+
+@pytest.mark.parametrize("request_id", ["x", " ", "~" * 255, "9f8b6c1e-0d5a-4d4f-8f0b-2f5d1f6f7a11"])
+def test_request_is_known_by_its_id_and_all_that_it_asks_for(request_id: str) -> None:
+    """The same request has the same fingerprint, which is short and does not show what was asked for."""
+    request = checked_request(request_id, b"", "start", "server", "text" * 1_000, None, b"{}")
+    assert request == checked_request(request_id, b"", "start", "server", "text" * 1_000, None, b"{}")
+    assert request is not None
+    assert request.id == request_id
+    assert len(request.fingerprint) == 32
+
+
+def test_request_without_an_id_is_not_known() -> None:
+    """Whatever it asks for and whatever digest it brings, as long as that fits."""
+    assert checked_request("", b"", "start") is None
+    assert checked_request("", b"x" * 64, "start") is None
+
+
+@pytest.mark.parametrize("request_id", ["x" * 256, "é", "a\n", "\x7f", "\0", "\t"])
+def test_request_id_that_is_not_printable_ascii_is_refused(request_id: str) -> None:
+    """Nor one that is too long."""
+    with pytest.raises(InvalidRequest) as caught:
+        checked_request(request_id, b"", "start")
+    assert refused(caught.value, "request_id") == "must be at most 255 printable ASCII characters"
+
+
+@pytest.mark.parametrize("request_id", ["", "x"])
+def test_request_digest_that_is_too_large_is_refused(request_id: str) -> None:
+    """Also beside no id."""
+    with pytest.raises(InvalidRequest) as caught:
+        checked_request(request_id, b"x" * 65, "start")
+    assert refused(caught.value, "request_digest") == "must be at most 64 bytes"
+
+
+PARTS = st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=3), min_size=3, max_size=3)
+
+
+@given(PARTS, PARTS, st.binary(max_size=3), st.binary(max_size=3))
+def test_requests_that_ask_for_different_things_differ(
+    asked: list[str], others: list[str], digest: bytes, other_digest: bytes
+) -> None:
+    """Also where the one's parts and digest, one behind the other, are the other's."""
+    one, other = checked_request("id", digest, *asked), checked_request("id", other_digest, *others)
+    assert (one == other) == (asked == others and digest == other_digest)
+
+
+@pytest.mark.parametrize(
+    ("digest", "asked"),
+    [
+        (b"", ("a", "bc")),
+        (b"", ("abc", None)),
+        (b"", (None, "abc")),
+        (b"", ("abc",)),
+        (b"c", ("ab", None)),
+        (b"abc", (None, None)),
+        (b"b1,2 c", ("a", None)),
+    ],
+)
+def test_request_is_another_when_its_text_moves_to_another_part(digest: bytes, asked: tuple[str | None, ...]) -> None:
+    """Text that leaves one part for the next, or for the digest, is another request."""
+    assert checked_request("id", digest, *asked) != checked_request("id", b"", "ab", "c")

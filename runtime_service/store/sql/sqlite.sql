@@ -129,8 +129,10 @@ FROM turns WHERE run_key = ?1 ORDER BY number LIMIT ?2
 DELETE FROM turns WHERE run_key = ?1 AND number <= ?2
 
 -- name: forget_requests
-DELETE FROM requests WHERE (organization, request_id) IN (
-    SELECT organization, request_id FROM requests WHERE created_at_ms < ?1 ORDER BY created_at_ms LIMIT ?2
+-- Looked for among those made first. Not only up to the first young one: the clock may have been wrong then.
+DELETE FROM requests WHERE number IN (
+    SELECT number FROM (SELECT number, created_at_ms FROM requests ORDER BY number LIMIT ?3)
+    WHERE created_at_ms < ?1 LIMIT ?2
 )
 
 -- name: draft

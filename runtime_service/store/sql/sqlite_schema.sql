@@ -47,17 +47,17 @@ CREATE INDEX turns_open ON turns (status, ready, created_at_ms, run_key, number)
 
 -- Requests that make themselves known, so that they can be repeated. They know their run by its id: the key of a run
 -- that was deleted may be another one's. Where the run is gone, the request is as one that never was.
+-- (Under a number of their own, as ids come in no order: so only a small row is put in its place among all.)
 CREATE TABLE requests (
+    number           INTEGER PRIMARY KEY,  -- in the order of their acceptance
     organization     TEXT    NOT NULL,
     request_id       TEXT    NOT NULL,
     fingerprint      BLOB,  -- of all that it asked for; NULL: not known, any is the same
     run_id           TEXT    NOT NULL,
     turn             INTEGER NOT NULL,  -- that it opened; of a cancel, the latest then
     created_at_ms    INTEGER NOT NULL,
-    PRIMARY KEY (organization, request_id)
-) STRICT, WITHOUT ROWID;
-
-CREATE INDEX requests_by_age ON requests (created_at_ms);
+    UNIQUE (organization, request_id)
+) STRICT;
 
 CREATE TABLE events (
     run_key          INTEGER NOT NULL REFERENCES runs (run_key),

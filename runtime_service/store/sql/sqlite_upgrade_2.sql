@@ -2,21 +2,20 @@
 -- and a place for runs that are being deleted.
 
 CREATE TABLE requests (
+    number           INTEGER PRIMARY KEY,
     organization     TEXT    NOT NULL,
     request_id       TEXT    NOT NULL,
     fingerprint      BLOB,
     run_id           TEXT    NOT NULL,
     turn             INTEGER NOT NULL,
     created_at_ms    INTEGER NOT NULL,
-    PRIMARY KEY (organization, request_id)
-) STRICT, WITHOUT ROWID;
+    UNIQUE (organization, request_id)
+) STRICT;
 
-INSERT INTO requests
+INSERT INTO requests (organization, request_id, fingerprint, run_id, turn, created_at_ms)
 SELECT organization, request_id, NULL, runs.id, number, turns.created_at_ms
 FROM turns JOIN runs ON runs.run_key = turns.run_key
-WHERE request_id IS NOT NULL ORDER BY organization, request_id;
-
-CREATE INDEX requests_by_age ON requests (created_at_ms);
+WHERE request_id IS NOT NULL ORDER BY turns.created_at_ms;
 
 CREATE TABLE deleted_runs (
     run_key          INTEGER PRIMARY KEY

@@ -1,0 +1,71 @@
+"""Rows of the PostgreSQL store to domain values, and what is read. Of a run, columns are known by their names."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from runtime_service.runs import EventRole, LogLevel, Run, RunEvent, RunMode, RunStatus, Turn
+from runtime_service.store.postgres_connection import QUERIES
+
+ROLES: dict[str, EventRole] = {role.value: role for role in EventRole}
+_LEVELS: dict[str | None, LogLevel | None] = {None: None} | {level.value: level for level in LogLevel}
+_STATUSES: dict[str, RunStatus] = {status.value: status for status in RunStatus}
+_MODES: dict[str, RunMode] = {mode.value: mode for mode in RunMode}
+
+
+def _listing(status: RunStatus | None) -> str:
+    if status is None:
+        return QUERIES["list_runs"].format(status="")
+    if status is RunStatus.COMPLETED:
+        return QUERIES["list_runs"].format(status="run_status = 'completed' AND")
+    # By the turns that did not complete: they are few. (A settled turn may be one that a later turn follows.)
+    return QUERIES["list_runs"].format(
+        status=f"status = '{status.value}' AND turn_organization = $1 AND turn_server_id = $2 AND turn_run_key < $3 AND"
+    )
+
+
+LIST_RUNS: dict[RunStatus | None, str] = {status: _listing(status) for status in (None, *RunStatus)}
+"""The query of a page of runs, by the status asked for."""
+
+
+def run_from_row(row: Mapping[str, Any], own: str | None) -> Run:
+    """Return the run of a row of `acp.shown_runs`; `own` is the id of the replica that asks."""
+    turn = Turn(
+        number=row["number"],
+        status=_STATUSES[row["status"]],
+        mode=_MODES[row["mode"]],
+        input=row["input"],
+        first_sequence=row["first_sequence"],
+        created_at_ms=row["turn_created_at_ms"],
+        output=row["output"],
+        error=row["error"],
+        error_code=row["error_code"],
+        metadata=_bytes(row["metadata"]),
+        completed_at_ms=row["completed_at_ms"],
+        attempt=row["attempt"],
+        epoch=row["epoch"],
+        ready=row["ready"],
+    )
+    return Run(
+        id=row["id"],
+        organization=row["organization"],
+        server_id=row["server_id"],
+        created_at_ms=row["created_at_ms"],
+        updated_at_ms=row["updated_at_ms"],
+        message_count=row["message_count"],
+        last_sequence=row["last_sequence"],
+        last_turn=row["last_turn"],
+        turn=turn,
+        title=row["title"],
+        thread_metadata=_bytes(row["thread_metadata"]),
+        holder=None if row["holder"] == own else row["address"],
+    )
+
+
+def event_from_row(row: Sequence[Any]) -> RunEvent:
+    """Return the event of a row: its columns in the order of the fields."""
+    sequence, turn, role, content, at, log_type, level, metadata = row
+    return RunEvent(sequence, turn, ROLES[role], content, at, log_type, _LEVELS[level], _bytes(metadata))
+
+
+def _bytes(text: str | None) -> bytes | None:
+    return None if text is None else text.encode()
