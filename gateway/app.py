@@ -13,7 +13,8 @@ from gateway.auth import KeyRing
 from gateway.config import GatewayConfig, SettingError
 from gateway.errors import ApiError
 from gateway.handlers import Answer, RunHandlers
-from gateway.http_server import ROUTE_FINDER, GatewayRunner, HttpLimits, RouteFinder
+from gateway.http_connection import HttpLimits
+from gateway.http_server import ROUTE_FINDER, GatewayRunner, RouteFinder
 from gateway.logs import RequestLine, log_request
 from gateway.metrics import Metrics
 from gateway.replicas import Replicas

@@ -193,7 +193,7 @@ async def stage(
     async with AsyncExitStack() as left:
         server, select = None, sqlite_select(folder / "data" / "runs.sqlite")
         if postgres:
-            server = PostgresServer(folder / "postgres")
+            server = PostgresServer(folder / "postgres", durable=False)
             left.push_async_callback(asyncio.to_thread, server.stop)
             await asyncio.to_thread(server.start)
             select = postgres_select(server.url("postgres"))
