@@ -9,11 +9,13 @@ import atexit
 import importlib.util
 import itertools
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import tempfile
 import time
+import weakref
 from functools import cache
 from pathlib import Path
 
@@ -36,7 +38,7 @@ def _programs() -> Path:
 
 
 class PostgresServer:
-    """A server on a port of 127.0.0.1 whose data is in `folder`; it may be killed and started again.
+    """A server on a port of 127.0.0.1 with its log in `folder`, its data too; it may be killed and started again.
 
     A server that is not `durable` waits for no disk: its data outlives its own death, but not the machine's.
     """
@@ -44,6 +46,11 @@ class PostgresServer:
     def __init__(self, folder: Path, *, durable: bool = True) -> None:
         self._folder = folder
         self._data = folder / "data"
+        if _owner() is not None:
+            # Whoever runs the server could not reach into the folders of root: pytest closes those to others.
+            open_folder = Path(tempfile.mkdtemp(prefix="acp-postgres-"))
+            self._data = open_folder / "data"
+            weakref.finalize(self, shutil.rmtree, open_folder, ignore_errors=True)
         self._durable = durable
         self._port = _free_port()
         self._server: subprocess.Popen[bytes] | None = None
@@ -81,10 +88,9 @@ class PostgresServer:
 
     def _initialize(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        if os.geteuid() == 0:
-            # Nobody has to get at the programs, and at the data.
-            os.chown(self._folder, _NOBODY, _NOBODY)
-            for folder in {*self._folder.resolve().parents, *_programs().parents}:
+        if (owner := _owner()) is not None:
+            os.chown(self._data.parent, owner, owner)
+            for folder in _programs().parents:
                 folder.chmod(folder.stat().st_mode | 0o011)
         arguments = ["-U", "postgres", "--auth=trust", "--encoding=UTF8", "--no-locale", "--no-sync"]
         _run("initdb", "-D", str(self._data), *arguments, owner=_owner())

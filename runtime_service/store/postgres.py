@@ -78,8 +78,9 @@ class PostgresStore:
         """Finish the writes that were asked for, give up what is held, then close."""
         await self._others.close()
         await self._writer.close()
-        if self._pool is not None:
-            self._pool.terminate()
+        if (pool := self._pool) is not None:
+            self._pool = None
+            pool.terminate()
 
     @property
     def is_available(self) -> bool:

@@ -14,8 +14,15 @@ QUERIES: dict[str, str] = dict(
     re.findall(r"^-- name: (\w+)\n(.*?)(?=^-- name: |\Z)", (SQL / "postgres.sql").read_text(), re.M | re.S)
 )
 
-FAILURES = (OSError, TimeoutError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError)
-"""What a connection may fail with; a ValueError of one who was given no URL."""
+FAILURES = (
+    OSError,
+    TimeoutError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # by the driver, where the server's farewell crosses a question
+    ValueError,  # where there is no URL
+)
+"""What a connection may fail with."""
 
 _CONNECT_SECONDS = 5.0
 _STATEMENT_SECONDS = 10.0
@@ -61,7 +68,7 @@ class Database:
     async def open_pool(self) -> asyncpg.Pool:
         """Open a pool of connections to read from. Raises one of FAILURES."""
         return await asyncpg.create_pool(
-            self._url, min_size=1, max_size=_READ_CONNECTIONS, reset=_keep_as_it_is, **self._settings
+            self._url, min_size=0, max_size=_READ_CONNECTIONS, reset=_keep_as_it_is, **self._settings
         )
 
     async def fetch(self, connection: asyncpg.Connection, query: str, *arguments: object) -> list[asyncpg.Record]:

@@ -77,7 +77,7 @@ class BatchWriter:
 
     async def open(self) -> None:
         """Connect, register and begin to write. Raises one of the FAILURES of a connection."""
-        await self._connect()
+        await self._connected()
         self._task = asyncio.create_task(self._work())
 
     def submit(self, asked: Asked[_T]) -> asyncio.Future[_T]:
@@ -117,6 +117,8 @@ class BatchWriter:
             await asyncio.wait([task], timeout=_RETRY_SECONDS[0])
             if not self.is_available and loop.time() > until:
                 task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
         if (connection := self._connection) is not None:
             self._connection = None
             with suppress(*FAILURES):
@@ -154,10 +156,10 @@ class BatchWriter:
             self._number += 1
             reply = await self._apply(batch, asked)
         except (UnicodeEncodeError, StoreUnavailable) as error:
-            if len(batch.asked) > 1:
+            if len(batch.asked) == 1:
+                batch.asked[0].fail(error)
+            else:
                 await self._write_one_by_one(batch)
-            for each in batch.asked:
-                each.fail(error)
             return
         if reply.lost:
             self._begin_again(batch)
@@ -166,6 +168,7 @@ class BatchWriter:
 
     async def _write_one_by_one(self, batch: Batch) -> None:
         """Write what a batch was refused for one of: all but that one will do."""
+        batch.is_in_doubt = True  # each for itself, from here on
         for asked in batch.asked:
             alone = Batch(self._held)
             if not asked.future.done() and alone.add(asked):
@@ -177,7 +180,7 @@ class BatchWriter:
         was_in_doubt = False
         while True:
             try:
-                connection = self._connection or await self._connect()
+                connection = await self._connected()
             except FAILURES as error:
                 self._disconnect(error)
             else:
@@ -199,8 +202,10 @@ class BatchWriter:
             await asyncio.sleep(pause)
             pause = min(pause * 2, longest)
 
-    async def _connect(self) -> asyncpg.Connection:
-        connection = await self._database.connect()
+    async def _connected(self) -> asyncpg.Connection:
+        """Return the connection, opened if there is none, once the replica is registered."""
+        if (connection := self._connection) is None:
+            connection = await self._database.connect()
         try:
             if not self._is_registered:
                 for lost in self._own[:-1]:
@@ -211,8 +216,9 @@ class BatchWriter:
         except BaseException:
             connection.terminate()
             raise
-        connection.add_termination_listener(self._on_terminated)
-        self._connection = connection
+        if connection is not self._connection:
+            connection.add_termination_listener(self._on_terminated)
+            self._connection = connection
         return connection
 
     def _on_terminated(self, connection: asyncpg.Connection) -> None:
@@ -233,8 +239,6 @@ class BatchWriter:
         self._is_registered = False
         self._number = 0
         self._held.clear()
-        # Registered with the next batch, as a new connection would be.
-        self._disconnect("registering anew")
         for asked in reversed(batch.asked):
             if batch.is_in_doubt and not asked.is_repeatable:
                 asked.fail(StoreUnavailable(_IN_DOUBT))

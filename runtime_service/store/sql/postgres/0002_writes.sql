@@ -471,13 +471,40 @@ BEGIN
 END
 $$;
 
--- Do the writes that stand alone, in order; one whose request is known does nothing.
-CREATE FUNCTION acp.write_others(p_replica text, p_others jsonb) RETURNS jsonb LANGUAGE plpgsql AS $$
+-- Show what a write did: each run that it changed, as it is now, and the events that were added.
+CREATE FUNCTION acp.shown(p_done jsonb) RETURNS jsonb LANGUAGE sql VOLATILE AS $$
+    SELECT p_done - 'changes' || jsonb_build_object('shown', coalesce((
+        SELECT jsonb_agg(jsonb_build_array(to_jsonb(v), (
+            SELECT coalesce(jsonb_agg(jsonb_build_array(
+                e.sequence, e.turn, e.role, e.content, e.created_at_ms, e.log_type, e.log_level, e.metadata
+            ) ORDER BY e.sequence), '[]')
+            FROM acp.events e
+            WHERE e.run_key = v.run_key AND e.sequence BETWEEN (c.change->>2)::bigint AND (c.change->>3)::bigint
+        )) ORDER BY c.place)
+        FROM jsonb_array_elements(p_done->'changes') WITH ORDINALITY AS c (change, place)
+        JOIN acp.shown_runs v ON v.run_key = (c.change->>0)::bigint AND v.number = (c.change->>1)::integer
+    ), '[]'))
+$$;
+
+-- Show what a batch did, from what is kept of it.
+CREATE FUNCTION acp.shown_result(p_result jsonb) RETURNS jsonb LANGUAGE sql VOLATILE AS $$
+    SELECT p_result || jsonb_build_object(
+        'starts', (SELECT coalesce(jsonb_agg(acp.shown(d.done)), '[]')
+                   FROM jsonb_array_elements(p_result->'starts') AS d (done)),
+        'others', (SELECT coalesce(jsonb_agg(acp.shown(d.done) ORDER BY d.place), '[]')
+                   FROM jsonb_array_elements(p_result->'others') WITH ORDINALITY AS d (done, place)))
+$$;
+
+-- Do the writes that stand alone, in order; one whose request is known does nothing. Returns what each did, and the
+-- same as it is shown: before the next one is done.
+CREATE FUNCTION acp.write_others(p_replica text, p_others jsonb, OUT results jsonb, OUT shown jsonb)
+LANGUAGE plpgsql AS $$
 DECLARE
     p jsonb;
     done jsonb;
-    results jsonb := '[]';
 BEGIN
+    results := '[]';
+    shown := '[]';
     FOR p IN SELECT value FROM jsonb_array_elements(p_others) LOOP
         done := acp.known_request(p->'request');
         IF done IS NULL THEN
@@ -492,8 +519,8 @@ BEGIN
             END IF;
         END IF;
         results := results || jsonb_build_array(done);
+        shown := shown || jsonb_build_array(acp.shown(done));
     END LOOP;
-    RETURN results;
 END
 $$;
 
@@ -519,28 +546,6 @@ BEGIN
 END
 $$;
 
--- Show what a write changed: each run as it is now, and the events that were added.
-CREATE FUNCTION acp.shown(p_done jsonb) RETURNS jsonb LANGUAGE sql VOLATILE AS $$
-    SELECT p_done - 'changes' || jsonb_build_object('shown', coalesce((
-        SELECT jsonb_agg(jsonb_build_array(to_jsonb(v), (
-            SELECT coalesce(jsonb_agg(jsonb_build_array(
-                e.sequence, e.turn, e.role, e.content, e.created_at_ms, e.log_type, e.log_level, e.metadata
-            ) ORDER BY e.sequence), '[]')
-            FROM acp.events e
-            WHERE e.run_key = v.run_key AND e.sequence BETWEEN (c.change->>2)::bigint AND (c.change->>3)::bigint
-        )) ORDER BY c.place)
-        FROM jsonb_array_elements(p_done->'changes') WITH ORDINALITY AS c (change, place)
-        JOIN acp.shown_runs v ON v.run_key = (c.change->>0)::bigint AND v.number = (c.change->>1)::integer
-    ), '[]'))
-$$;
-
-CREATE FUNCTION acp.shown_result(p_result jsonb) RETURNS jsonb LANGUAGE sql VOLATILE AS $$
-    SELECT p_result || jsonb_build_object(
-        'starts', (SELECT coalesce(jsonb_agg(acp.shown(d.done)), '[]') FROM jsonb_array_elements(p_result->'starts') AS d (done)),
-        'others', (SELECT coalesce(jsonb_agg(acp.shown(d.done) ORDER BY d.place), '[]')
-                   FROM jsonb_array_elements(p_result->'others') WITH ORDINALITY AS d (done, place)))
-$$;
-
 -- Apply a batch of writes, all or none, once: a number that was applied is answered with what came of it then. The
 -- replica's row is held to the end; who deletes it waits, or makes the batch fail: then it is lost, and nothing is
 -- written. Every write renews the lease.
@@ -556,6 +561,7 @@ DECLARE
     starts jsonb := '[]';
     extended jsonb := '[]';
     others jsonb := '[]';
+    shown jsonb := '[]';
     waits boolean := false;
     result jsonb;
 BEGIN
@@ -595,7 +601,7 @@ BEGIN
         FROM acp.extend_turns(p_replica, p_asked->'turns') AS e;
     END IF;
     IF p_asked ? 'others' THEN
-        others := acp.write_others(p_replica, p_asked->'others');
+        SELECT o.results, o.shown INTO others, shown FROM acp.write_others(p_replica, p_asked->'others') AS o;
         waits := waits OR jsonb_path_exists(others, '$[*].waits ? (@ == true)');
     END IF;
     IF waits OR others <> '[]' THEN
@@ -604,6 +610,6 @@ BEGIN
     result := jsonb_build_object('starts', starts, 'turns', extended, 'others', others);
     UPDATE acp.replicas r SET lease_until = clock_timestamp() + r.lease, last_batch = p_batch, last_result = result
     WHERE r.id = p_replica;
-    RETURN acp.shown_result(result);
+    RETURN acp.shown_result(result - 'others') || jsonb_build_object('others', shown);
 END
 $$;
