@@ -134,10 +134,11 @@ BEGIN
         FROM jsonb_to_recordset(p_turns) AS a (
             n integer, id text, number integer, epoch integer, at bigint, messages integer, log jsonb, outcome jsonb,
             redraft boolean, draft text
-        )
-        JOIN acp.runs r ON r.id = a.id
-        JOIN acp.turns t ON t.run_key = r.run_key AND t.number = a.number
-        WHERE t.status = 'running' AND t.epoch = a.epoch AND t.holder = p_replica
+        ), LATERAL (SELECT * FROM acp.runs WHERE id = a.id OFFSET 0) AS r,
+        LATERAL (
+            SELECT FROM acp.turns WHERE run_key = r.run_key AND number = a.number
+            AND status = 'running' AND epoch = a.epoch AND holder = p_replica OFFSET 0
+        ) AS t
     ), runs AS (
         UPDATE acp.runs r SET
             last_sequence = r.last_sequence + h.added,
@@ -557,6 +558,7 @@ SET enable_sort = off SET plan_cache_mode = force_generic_plan
 AS $$
 DECLARE
     replica acp.replicas;
+    run record;
     keys bigint[];
     starts jsonb := '[]';
     extended jsonb := '[]';
@@ -589,8 +591,12 @@ BEGIN
         ON CONFLICT (organization, request_id) DO NOTHING;
     END IF;
     IF p_asked ? 'lock' THEN
-        PERFORM FROM acp.runs r WHERE r.id = ANY (ARRAY(SELECT jsonb_array_elements_text(p_asked->'lock')))
-        ORDER BY r.run_key FOR UPDATE;
+        FOR run IN
+            SELECT (SELECT r.run_key FROM acp.runs r WHERE r.id = l.id) AS run_key
+            FROM jsonb_array_elements_text(p_asked->'lock') AS l (id) ORDER BY 1
+        LOOP
+            PERFORM FROM acp.runs r WHERE r.run_key = run.run_key FOR UPDATE;
+        END LOOP;
     END IF;
     IF p_asked ? 'starts' THEN
         starts := acp.start_runs(p_replica, p_asked->'starts', keys, p_asked->'requests');
