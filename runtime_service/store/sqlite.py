@@ -203,9 +203,7 @@ class SQLiteStore:
 
     async def get_run(self, organization: str, server_id: str, run_id: str, turn: int | None = None) -> Run:
         """Return a run showing its latest turn, or `turn`."""
-        return await self._read(
-            lambda db: rows.run_at_turn(db, rows.run_key(db, organization, server_id, run_id), turn)
-        )
+        return await self._read(lambda db: rows.find_run(db, organization, server_id, run_id, turn))
 
     async def list_runs(
         self,

@@ -1404,6 +1404,21 @@ def test_sqlite_deletes_runs_behind_many_that_stay(file: SQLiteStores, monkeypat
     run_async(main())
 
 
+def test_sqlite_run_that_is_deleted_while_it_is_read_is_not_found(
+    file: SQLiteStores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read finds its key first; what has gone by then is as what never was."""
+
+    async def main() -> None:
+        async with file.open() as store:
+            run = await running(store)
+            monkeypatch.setattr("runtime_service.store.sqlite_rows.run_key", lambda *_: 2)
+            with pytest.raises(RunNotFound):
+                await store.get_run(ORGANIZATION, SERVER, run.id)
+
+    run_async(main())
+
+
 def test_sqlite_looks_from_the_first_run_again_for_another_time(file: SQLiteStores) -> None:
     """What was passed over as too young may be old by the later one."""
 
