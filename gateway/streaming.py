@@ -130,7 +130,7 @@ def _one_line(document: bytes) -> bytes:
 class StreamRelay:
     """Writes one update stream to one client."""
 
-    __slots__ = ("_frames", "_response", "_stopped", "_updates", "idle_ticks", "request")
+    __slots__ = ("_frames", "_response", "_stopped", "_updates", "has_begun", "idle_ticks", "request")
 
     def __init__(self, request: web.Request, updates: UpdateStream, frames: Frames) -> None:
         self.request = request
@@ -138,6 +138,7 @@ class StreamRelay:
         self._frames = frames
         self._response: web.StreamResponse | None = None
         self._stopped = False
+        self.has_begun = False
         self.idle_ticks = 0
 
     async def run(self, begin: Callable[[rpc.RunUpdate], web.StreamResponse]) -> web.StreamResponse:
@@ -152,6 +153,7 @@ class StreamRelay:
                 while (update := await self._updates.next()) is not None:
                     data = frames.update(update)
                     if response is None:
+                        self.has_begun = True
                         response = begin(update)
                         await response.prepare(self.request)
                         self._bound_send_buffer()
@@ -241,7 +243,9 @@ class OpenStreams:
         if self._clock is not None:
             self._clock.cancel()
         for relay in self._open:
-            relay.stop()
+            # One that has not begun would be refused, and what it asked for is likely to be accepted.
+            if relay.has_begun:
+                relay.stop()
 
     async def relay(
         self,

@@ -3,18 +3,15 @@
 import asyncio
 from pathlib import Path
 
-import pytest
-
 from tests.acceptance.history import Task
 from tests.acceptance.stage import QUICK, Figures, Stage, comes_true, prove, stage
 
 _LIMIT_SECONDS = 30.0
 
 
-async def lose_holder(folder: Path, seed: int, postgres: bool) -> Figures:
+async def lose_holder(folder: Path, seed: int) -> Figures:
     """Kill the runtime service that executes a turn which may not be repeated, and one in the middle of a message."""
-    runtimes = 2 if postgres else 1
-    async with stage(folder, seed, postgres=postgres, runtimes=runtimes, settings=QUICK) as played:
+    async with stage(folder, seed, postgres=True, runtimes=2, settings=QUICK) as played:
         client = played.client()
         once = await client.start("once", Task("once", 2, 600.0), mode="async", key=None)
         endless = await client.start("endless", Task("endless", 1, 0.0), mode="async", key=None)
@@ -33,7 +30,7 @@ async def lose_holder(folder: Path, seed: int, postgres: bool) -> Figures:
         told = [(event.role, event.log_type, event.content) for _, event in log][1:3]
         if told[0] != ("assistant", "incomplete", "half ") or told[1][:2] != ("execution_log", "attempt"):
             played.findings.append(f"what was said before is not kept: {told}")
-        return played.figures("single turns whose holder is lost", runtimes)
+        return played.figures("single turns whose holder is lost", 2)
 
 
 async def _until_said(played: Stage, run_id: str, text: str, where: str) -> None:
@@ -69,10 +66,9 @@ async def fill_queue(folder: Path, seed: int) -> Figures:
         return played.figures("a full queue", 1)
 
 
-@pytest.mark.parametrize("postgres", [False, True], ids=["sqlite", "postgresql"])
-def test_lost_turn_is_given_up_or_begun_again(postgres: bool, tmp_path: Path) -> None:
+def test_lost_turn_is_given_up_or_begun_again(tmp_path: Path) -> None:
     """One that may not be repeated fails as RUNTIME_LOST; what was said of a message is kept as incomplete."""
-    prove(lose_holder, tmp_path, postgres=postgres)
+    prove(lose_holder, tmp_path)
 
 
 def test_full_queue_asks_for_patience(tmp_path: Path) -> None:

@@ -57,4 +57,4 @@ async def _pause(played: Stage, node: Node) -> int:
 
 def test_paused_replica_writes_nothing_of_what_it_lost(tmp_path: Path) -> None:
     """The log holds no word of an attempt behind the beginning of the next."""
-    prove(pause_replicas, tmp_path, faults=3)
+    prove(pause_replicas, tmp_path, faults=2)
