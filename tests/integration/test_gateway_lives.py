@@ -205,15 +205,15 @@ def test_wait_is_cut_short_when_the_gateway_stops(tmp_path: Path) -> None:
 
     async def main() -> None:
         async with serving(tmp_path, drain_seconds=0.1) as stack:
-            path = await stack.start_async("gated", "polled")
-            busy = await stack.start_async("gated", "busy")
-            await GATES["polled"].reached.wait()
+            path = await stack.start_async("gated", "stop polled")
+            busy = await stack.start_async("gated", "stop busy")
+            await GATES["stop polled"].reached.wait()
             asking = [
-                asyncio.create_task(stack.start("gated", "cut short")),
+                asyncio.create_task(stack.start("gated", "stop started")),
                 asyncio.create_task(stack.call("GET", path + "/events?after=2&wait=30")),
             ]
-            await GATES["cut short"].reached.wait()
-            asking.append(asyncio.create_task(stack.call("POST", busy + "/input", {"content": "cut short, too"})))
+            await GATES["stop started"].reached.wait()
+            asking.append(asyncio.create_task(stack.call("POST", busy + "/input", {"content": "stop continued"})))
             await until(lambda: _has_turn(stack, busy, 2))
             await stack.gateway.__aexit__(None, None, None)
             started, poll, continued = await asyncio.gather(*asking)
@@ -221,7 +221,7 @@ def test_wait_is_cut_short_when_the_gateway_stops(tmp_path: Path) -> None:
             assert started.headers["Location"]
             assert (poll.status, poll.events) == (200, [])
             assert (continued.status, continued.run["status"]) == (202, "queued")
-            for name in ("polled", "busy", "cut short"):
+            for name in ("stop polled", "stop busy", "stop started"):
                 assert not GATES[name].left.is_set()
 
     run_async(main())
