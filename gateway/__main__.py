@@ -39,7 +39,9 @@ keys_app = typer.Typer(help="API keys: make, list and revoke them.", no_args_is_
 app.add_typer(keys_app, name="keys")
 
 _DATA_DIR = Path(".acp")
-_DEFAULTS = GatewayConfig(grpc_target="-", service_token="-", api_key="-")
+# Before `serve` there may be who balances, and who has to hear first. Before `up` there is nobody.
+_SERVE_DRAIN_DELAY_SECONDS = 5.0
+_DEFAULTS = GatewayConfig(grpc_target="127.0.0.1:0", service_token="-", api_key="-")
 
 Host = Annotated[str, typer.Option(envvar="ACP_HOST", help="Address to serve REST at.")]
 Port = Annotated[int, typer.Option(envvar="ACP_PORT", help="Port to serve REST at; 0 picks one.")]
@@ -101,6 +103,13 @@ Drain = Annotated[
     float,
     typer.Option(envvar="ACP_DRAIN_SECONDS", help="Time for requests and turns under way after SIGTERM."),
 ]
+DrainDelay = Annotated[
+    float,
+    typer.Option(
+        envvar="ACP_DRAIN_DELAY_SECONDS",
+        help="After SIGTERM /health says 503 so long before connections are refused; answers then end theirs.",
+    ),
+]
 LogLevel = Annotated[str, typer.Option(envvar="ACP_LOG_LEVEL", help="debug, info, warning or error.")]
 
 
@@ -126,6 +135,7 @@ def up(
     body_seconds: BodySeconds = _DEFAULTS.body_seconds,
     idle_seconds: IdleSeconds = _DEFAULTS.idle_seconds,
     write_seconds: WriteSeconds = _DEFAULTS.write_seconds,
+    drain_delay_seconds: DrainDelay = _DEFAULTS.drain_delay_seconds,
     drain_seconds: Drain = _DEFAULTS.drain_seconds,
     log_level: LogLevel = "info",
 ) -> None:
@@ -143,7 +153,10 @@ def up(
 def serve(
     context: typer.Context,
     grpc_target: Annotated[
-        str, typer.Option(envvar="ACP_GRPC_TARGET", help="HOST:PORT of the runtime service.")
+        str,
+        typer.Option(
+            envvar="ACP_GRPC_TARGET", help="HOST:PORT of each runtime service, commas between; names are followed."
+        ),
     ] = "127.0.0.1:50051",
     service_token: Annotated[
         str, typer.Option(envvar="ACP_SERVICE_TOKEN", help="The runtime service's token.", show_default=False)
@@ -171,6 +184,7 @@ def serve(
     body_seconds: BodySeconds = _DEFAULTS.body_seconds,
     idle_seconds: IdleSeconds = _DEFAULTS.idle_seconds,
     write_seconds: WriteSeconds = _DEFAULTS.write_seconds,
+    drain_delay_seconds: DrainDelay = _SERVE_DRAIN_DELAY_SECONDS,
     drain_seconds: Drain = _DEFAULTS.drain_seconds,
     log_level: LogLevel = "info",
 ) -> None:

@@ -1,7 +1,7 @@
 """Answers that are one JSON document: known as a whole before their first byte, and so written in one piece.
 
 aiohttp's own response is made for everything: it is built, prepared and written in a dozen steps, which cost
-a run's answer more than all that is in it. `http_server` writes these instead. Knows how HTTP/1.1 reads.
+a run's answer more than all that is in it. `http_connection` writes these instead. Knows how HTTP/1.1 reads.
 """
 
 from email.utils import formatdate

@@ -1,5 +1,6 @@
-"""Composition: middleware, routes, health and metrics, and the lives of the channel and the streams."""
+"""Composition: middleware, routes, health and metrics, and the lives of the replicas and the streams."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from time import perf_counter
@@ -12,16 +13,24 @@ from gateway.auth import KeyRing
 from gateway.config import GatewayConfig, SettingError
 from gateway.errors import ApiError
 from gateway.handlers import Answer, RunHandlers
-from gateway.http_server import ROUTE_FINDER, GatewayRunner, HttpLimits, RouteFinder
+from gateway.http_connection import HttpLimits
+from gateway.http_server import ROUTE_FINDER, GatewayRunner, RouteFinder
 from gateway.logs import RequestLine, log_request
 from gateway.metrics import Metrics
+from gateway.replicas import Replicas
 from gateway.request_body import make_expect_handler
 from gateway.requests import begin_info, error_answer, from_http_exception
 from gateway.routes import match_path, run_routes
 from gateway.run_client import RunClient
 from gateway.streaming import OpenStreams
 
+# So long the gateway waits for the first runtime service before it takes requests.
+_FIRST_REPLICA_SECONDS = 1.0
 _QUIET = frozenset({"/health", "/health/live", "/metrics"})
+
+# Time for the answers to requests that were cut short, and for what is left to be broken off.
+_LAST_ANSWERS_SECONDS = 2.0
+_BREAK_OFF_SECONDS = 0.5
 
 _Handler = Callable[[web.Request], Awaitable[Answer]]
 
@@ -30,21 +39,35 @@ class _Middleware(Protocol):
     def __call__(self, request: web.Request, handler: _Handler) -> Awaitable[Answer]: ...
 
 
+class _Parts:
+    """What the end of a gateway is about."""
+
+    def __init__(self, replicas: Replicas, streams: OpenStreams) -> None:
+        self.replicas = replicas
+        self.streams = streams
+        self.is_ending = False
+
+
+_PARTS = web.AppKey("parts", _Parts)
+
+
 def make_app(config: GatewayConfig) -> web.Application:
     """Build the application. Raises KeyFileError or ValueError for keys that cannot be used."""
     keys = KeyRing(config.keys_file, literal_key=config.api_key)
-    client = RunClient(config.grpc_target, config.service_token, config.max_calls, config.reconnect_seconds)
+    replicas = Replicas(config.grpc_target, config.service_token, config.max_calls, config.reconnect_seconds)
     streams = OpenStreams(config.heartbeat_seconds)
     metrics = Metrics(lambda: len(streams))
     middleware = _make_middleware(metrics)
     app = web.Application(middlewares=[middleware])  # type: ignore[list-item]  # its types know no JsonAnswer
     expect_handler = make_expect_handler(config.max_body_bytes)
-    for route in run_routes(RunHandlers(config, client, keys, streams, metrics)):
+    for route in run_routes(RunHandlers(config, RunClient(replicas), keys, streams, metrics)):
         app.router.add_route(route.method, route.path, route.handler, expect_handler=expect_handler)
     app[ROUTE_FINDER] = _make_route_finder(app, middleware)
 
+    parts = app[_PARTS] = _Parts(replicas, streams)
+
     async def health(_: web.Request) -> web.Response:
-        ready = await client.is_serving()
+        ready = replicas.is_serving and not parts.is_ending
         document = {"status": "ok" if ready else "unavailable", "ready": ready}
         return web.json_response(document, status=200 if ready else 503)
 
@@ -59,16 +82,13 @@ def make_app(config: GatewayConfig) -> web.Application:
     app.router.add_get("/metrics", metrics_text)
 
     async def lives(_: web.Application) -> AsyncIterator[None]:
-        client.start()
+        replicas.start()
         streams.start()
+        await replicas.wait_until_serving(_FIRST_REPLICA_SECONDS)
         yield
-        await client.close()
-
-    async def end_streams(_: web.Application) -> None:
-        await streams.stop()
+        await replicas.close()
 
     app.cleanup_ctx.append(lives)
-    app.on_shutdown.append(end_streams)
     return app
 
 
@@ -84,7 +104,9 @@ def _make_route_finder(app: web.Application, middleware: _Middleware) -> RouteFi
         matched = match_path(request.rel_url.path_safe)
         if matched is None or (found := routes.get((request.method, matched[0]))) is None:
             return None
-        return web.UrlMappingMatchInfo(matched[1], found[0]), found[1]
+        match = web.UrlMappingMatchInfo(matched[1], found[0])
+        match.add_app(app)
+        return match, found[1]
 
     return find
 
@@ -160,7 +182,7 @@ class Gateway:
             keepalive_timeout_seconds=config.idle_seconds,
             write_seconds=config.write_seconds,
         )
-        self._runner = GatewayRunner(make_app(config), limits, shutdown_timeout_seconds=config.drain_seconds)
+        self._runner = GatewayRunner(make_app(config), limits, shutdown_timeout_seconds=_BREAK_OFF_SECONDS)
         await self._runner.setup()
         try:
             await web.TCPSite(self._runner, config.host, config.port, backlog=1024).start()
@@ -177,4 +199,19 @@ class Gateway:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._runner.cleanup()
+        if self._runner.server is not None:
+            await self._drain()
+            await self._runner.cleanup()
+
+    async def _drain(self) -> None:
+        """Stop so that no request fails: who balances is told first, then nobody is let in, then all are answered."""
+        parts = self._runner.app[_PARTS]
+        parts.is_ending = True
+        self._runner.announce_end()
+        await asyncio.sleep(self._config.drain_delay_seconds)
+        await self._runner.stop_listening()
+        parts.streams.stop()
+        if not await self._runner.wait_for_answers(self._config.drain_seconds):
+            # A wait that is cut short is answered as one that is over.
+            parts.replicas.hurry()
+            await self._runner.wait_for_answers(_LAST_ANSWERS_SECONDS)

@@ -41,12 +41,14 @@ DEFAULT_LIMITS: Final = BodyLimits()
 
 
 class StartBody(msgspec.Struct, frozen=True, gc=False):
-    """What a start asks for. `input` holds text; `metadata` is a JSON object exactly as it was sent."""
+    """What a start asks for. `input` holds text, of `content` and `prompt`; `metadata` is exactly as it was sent."""
 
     input: str
     title: str | None
     mode: Mode | None
     metadata: bytes | None
+    content: str | None
+    prompt: str | None
 
 
 class ContinueBody(msgspec.Struct, frozen=True, gc=False):
@@ -55,6 +57,8 @@ class ContinueBody(msgspec.Struct, frozen=True, gc=False):
     input: str
     mode: Mode | None
     metadata: bytes | None
+    content: str | None
+    prompt: str | None
 
 
 def decode_start(body: bytes, limits: BodyLimits = DEFAULT_LIMITS) -> StartBody:
@@ -67,6 +71,8 @@ def decode_start(body: bytes, limits: BodyLimits = DEFAULT_LIMITS) -> StartBody:
         document.get("title") or None,
         document.get("mode"),
         _metadata(document, body, limits),
+        document.get("content"),
+        document.get("prompt"),
     )
 
 
@@ -75,7 +81,13 @@ def decode_continue(body: bytes, limits: BodyLimits = DEFAULT_LIMITS) -> Continu
     document = _decode_object(body, limits)
     if not document.keys() <= _CONTINUE_FIELDS or not _well_typed(document, limits):
         _refuse_fields(document, _CONTINUE_FIELDS, limits)
-    return ContinueBody(_input(document), document.get("mode"), _metadata(document, body, limits))
+    return ContinueBody(
+        _input(document),
+        document.get("mode"),
+        _metadata(document, body, limits),
+        document.get("content"),
+        document.get("prompt"),
+    )
 
 
 def decode_cancel(body: bytes) -> None:

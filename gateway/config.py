@@ -6,6 +6,8 @@ from pathlib import Path
 
 import msgspec
 
+from gateway.addresses import parse_targets
+
 
 class SettingError(ValueError):
     """A setting does not hold what it must; the message names it."""
@@ -14,8 +16,9 @@ class SettingError(ValueError):
 class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How a gateway runs. Times are seconds. Raises SettingError.
 
-    `grpc_target` is the runtime service's HOST:PORT. `wait_limit_seconds` bounds how long a start or continue waits
-    for the end of its turn.
+    `grpc_target` lists the runtime services, HOST:PORT each, commas between; a name stands for all its addresses.
+    `wait_limit_seconds` bounds how long a start or continue waits for the end of its turn. A gateway that stops says so
+    for `drain_delay_seconds` before it takes no more connections; then what is under way has `drain_seconds`.
     """
 
     grpc_target: str
@@ -37,6 +40,7 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_connections: int = 10_000
     max_calls: int = 4_096
     reconnect_seconds: float = 5.0
+    drain_delay_seconds: float = 0.0
     drain_seconds: float = 10.0
 
     def __post_init__(self) -> None:
@@ -47,8 +51,12 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"ACP_HOST {self.host} is not a loopback address, and the connection is not encrypted; "
                 "say --allow-plaintext if a proxy before the gateway ends TLS or the network is private"
             )
-        if not self.grpc_target:
-            raise SettingError("ACP_GRPC_TARGET must name the runtime service, such as 127.0.0.1:50051")
+        try:
+            parse_targets(self.grpc_target)
+        except ValueError as error:
+            raise SettingError(
+                f"ACP_GRPC_TARGET must list the runtime services, such as 127.0.0.1:50051,[::1]:50052: {error}"
+            ) from None
         if not self.service_token or not self.service_token.isascii() or not self.service_token.isprintable():
             raise SettingError("ACP_SERVICE_TOKEN must be the runtime service's token, printable ASCII")
         if self.keys_file is None and self.api_key is None:
@@ -66,8 +74,9 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
         ):
             if not 0 < getattr(self, name) < math.inf:
                 raise SettingError(f"ACP_{name.upper()} must be more than 0")
-        if not 0 <= self.drain_seconds < math.inf:
-            raise SettingError("ACP_DRAIN_SECONDS must be 0 or more")
+        for name in ("drain_delay_seconds", "drain_seconds"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise SettingError(f"ACP_{name.upper()} must be 0 or more")
 
 
 def is_loopback(host: str) -> bool:

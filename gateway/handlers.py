@@ -7,7 +7,7 @@ from aiohttp import web
 
 from gateway.answers import JsonAnswer
 from gateway.auth import Caller, KeyRing, Scope, require
-from gateway.bodies import BodyLimits, decode_cancel, decode_continue, decode_start
+from gateway.bodies import BodyLimits, ContinueBody, StartBody, decode_cancel, decode_continue, decode_start
 from gateway.codec import (
     TERMINAL,
     encode,
@@ -18,6 +18,7 @@ from gateway.codec import (
     thread_document,
 )
 from gateway.config import GatewayConfig
+from gateway.idempotency import HEADER, REPLAYED, Repetition, repetition
 from gateway.metrics import Metrics
 from gateway.preferences import Waiting, choice, resume_after, waiting, whole_number
 from gateway.request_body import read_body
@@ -66,6 +67,7 @@ class RunHandlers:
             mode=_mode(wait, form),
             metadata=body.metadata,
             stream=_stream_options(wait, form),
+            repetition=_repetition(request, body),
         )
         return await self._answer_turn(request, target, updates, form, wait, finished_status=201)
 
@@ -83,6 +85,7 @@ class RunHandlers:
             mode=_mode(wait, form),
             metadata=body.metadata,
             stream=_stream_options(wait, form),
+            repetition=_repetition(request, body),
         )
         return await self._answer_turn(request, target, updates, form, wait, finished_status=200)
 
@@ -141,9 +144,10 @@ class RunHandlers:
         """POST …/runs/{runId}/cancel"""
         context, target = self._enter(request, "execute", connected)
         decode_cancel(await self._body(request, may_be_empty=True))
-        answer = await self._client.cancel(context, target, request.match_info["runId"])
+        answer = await self._client.cancel(context, target, request.match_info["runId"], _repetition(request, None))
         self._metrics.run_answered("cancel", status_name(answer.run.status))
-        return JsonAnswer(_envelope(target, answer.run, answer.thread, answer.events))
+        headers = dict(REPLAYED) if answer.replayed else None
+        return JsonAnswer(_envelope(target, answer.run, answer.thread, answer.events), headers=headers)
 
     # What operations share
 
@@ -178,10 +182,14 @@ class RunHandlers:
         info = info_of(request)
         operation = "start" if finished_status == 201 else "continue"
 
-        def begin(run: pb.Run) -> tuple[int, dict[str, str]]:
+        def begin(first: rpc.RunUpdate) -> tuple[int, dict[str, str]]:
+            run = first.run
             info.run_id = run.id
             self._metrics.run_answered(operation, status_name(run.status))
-            return finished_status, {**info.headers, "Location": _run_path(request, run, operation)}
+            headers = {**info.headers, "Location": _run_path(request, run, operation)}
+            if first.replayed:
+                headers.update(REPLAYED)
+            return finished_status, headers
 
         if form is not None:
             return await self._streams.relay(request, updates, form, begin)
@@ -189,7 +197,7 @@ class RunHandlers:
             first = await updates.next()
             assert first is not None, "a turn has at least one update"
             run = first.run
-            _, headers = begin(run)
+            _, headers = begin(first)
             status = finished_status if run.status in TERMINAL and wait.seconds else 202
             if wait.applied is not None:
                 headers["Preference-Applied"] = wait.applied
@@ -294,6 +302,10 @@ def _envelope(
             has_more=has_more,
         )
     )
+
+
+def _repetition(request: web.Request, body: StartBody | ContinueBody | None) -> Repetition | None:
+    return repetition(request.headers.getall(HEADER, ()), body)
 
 
 def _mode(wait: Waiting, form: StreamForm | None) -> "pb.RunMode.ValueType":

@@ -1,4 +1,4 @@
-"""The only user of the RunService stub: how operations become calls of a session, with their deadlines.
+"""Operations of the RunService as calls, with their deadlines and the ids by which they may be repeated.
 
 Handlers ask for operations; what carries them is known here alone. Errors leave as ApiError.
 """
@@ -7,35 +7,14 @@ import itertools
 import secrets
 from typing import NamedTuple
 
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-
-from gateway.session import Call, Session, Stream
+from gateway.call import Call
+from gateway.idempotency import Repetition
+from gateway.replicas import Replicas
 from protos.acp.runs.v1 import run_pb2 as pb
 from protos.acp.runs.v1 import run_service_pb2 as rpc
-from protos.acp.runs.v1 import run_service_pb2_grpc
 
-MAX_MESSAGE_BYTES = 8 << 20
-_OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # What may be asked again is known here, not to gRPC; its retry buffers cost each call and each idle stream.
-    ("grpc.enable_retries", 0),
-    # A session is always read; what a call may fill is bounded by its own window.
-    ("grpc.http2.bdp_probe", 0),
-    ("grpc.http2.lookahead_bytes", 1 << 20),
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.ping_timeout_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
-)
 _UNARY_SECONDS = 10.0
 _MARGIN_SECONDS = 10.0
-_HEALTH_SECONDS = 1.0
 
 
 class CallContext(NamedTuple):
@@ -71,37 +50,13 @@ class UpdateStream:
 
 
 class RunClient:
-    """A connection to the runtime service, shared by all requests. `start` it within the loop that serves them."""
+    """The RunService as its operations."""
 
-    def __init__(self, target: str, service_token: str, max_calls: int, reconnect_seconds: float) -> None:
-        self._target = target
-        self._metadata = (("authorization", f"Bearer {service_token}"),)
-        self._session = Session(self._open_stream, max_calls, MAX_MESSAGE_BYTES, reconnect_seconds)
+    def __init__(self, replicas: Replicas) -> None:
+        self.replicas = replicas
         # Ids of requests: unlike any other gateway's, and in the order in which they were made.
         prefix = secrets.token_hex(8)
         self._request_ids = (f"{prefix}-{number:010x}" for number in itertools.count(1))
-
-    def start(self) -> None:
-        """Connect, and stay connected."""
-        self._channel = grpc.aio.insecure_channel(self._target, options=_OPTIONS)
-        self._stub = run_service_pb2_grpc.RunServiceStub(self._channel)
-        self._health = health_pb2_grpc.HealthStub(self._channel)
-        self._session.start()
-
-    async def close(self) -> None:
-        """Close the connection; calls under way fail."""
-        await self._session.close()
-        await self._channel.close()
-
-    async def is_serving(self) -> bool:
-        """Return whether the runtime service says that it is ready for calls."""
-        try:
-            answer = await self._health.Check(  # type: ignore[attr-defined]  # the stubs know no aio stub
-                health_pb2.HealthCheckRequest(), timeout=_HEALTH_SECONDS
-            )
-        except grpc.aio.AioRpcError:
-            return False
-        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     def start_run(
         self,
@@ -113,12 +68,13 @@ class RunClient:
         mode: "pb.RunMode.ValueType",
         metadata: bytes | None,
         stream: rpc.StreamOptions,
+        repetition: Repetition | None = None,
     ) -> UpdateStream:
         """Start a run."""
         command = _command(context)
         if title is not None:
             command.start_run.title = title
-        return self._open_turn(command, command.start_run, target, input, mode, metadata, stream)
+        return self._open_turn(command, command.start_run, target, input, mode, metadata, stream, repetition)
 
     def continue_run(
         self,
@@ -130,11 +86,12 @@ class RunClient:
         mode: "pb.RunMode.ValueType",
         metadata: bytes | None,
         stream: rpc.StreamOptions,
+        repetition: Repetition | None = None,
     ) -> UpdateStream:
         """Open the next turn of a run."""
         command = _command(context)
         command.continue_run.run_id = run_id
-        return self._open_turn(command, command.continue_run, target, input, mode, metadata, stream)
+        return self._open_turn(command, command.continue_run, target, input, mode, metadata, stream, repetition)
 
     def _open_turn(
         self,
@@ -145,6 +102,7 @@ class RunClient:
         mode: "pb.RunMode.ValueType",
         metadata: bytes | None,
         stream: rpc.StreamOptions,
+        repetition: Repetition | None,
     ) -> UpdateStream:
         """Open a call by which a turn begins; `request` is the command's own."""
         _refer(request.server, target)
@@ -153,8 +111,8 @@ class RunClient:
         if metadata is not None:
             request.metadata_json = metadata
         request.stream.CopyFrom(stream)
-        request.request_id = next(self._request_ids)
-        return UpdateStream(self._session.open(command, _stream_seconds(mode, stream)))
+        self._identify(request, repetition)
+        return UpdateStream(self.replicas.open(command, _stream_seconds(mode, stream)))
 
     def watch(self, context: CallContext, target: ServerTarget, run_id: str, after: int) -> UpdateStream:
         """Follow a run from behind sequence `after`, deltas included."""
@@ -164,7 +122,7 @@ class RunClient:
         request.run_id = run_id
         request.after_sequence = after
         request.stream.deltas = True
-        return UpdateStream(self._session.open(command, None))
+        return UpdateStream(self.replicas.open(command, None))
 
     async def get(self, context: CallContext, target: ServerTarget, run_id: str) -> rpc.GetRunResponse:
         """Return one run."""
@@ -211,24 +169,37 @@ class RunClient:
         request.wait_ms = int(wait_seconds * 1000)
         return (await self._answer(command, wait_seconds)).list_run_events
 
-    async def cancel(self, context: CallContext, target: ServerTarget, run_id: str) -> rpc.CancelRunResponse:
+    async def cancel(
+        self, context: CallContext, target: ServerTarget, run_id: str, repetition: Repetition | None = None
+    ) -> rpc.CancelRunResponse:
         """Cancel a run."""
         command = _command(context)
-        _refer(command.cancel_run.server, target)
-        command.cancel_run.run_id = run_id
+        request = command.cancel_run
+        _refer(request.server, target)
+        request.run_id = run_id
+        self._identify(request, repetition)
         return (await self._answer(command)).cancel_run
 
+    def _identify(
+        self,
+        request: rpc.StartRunRequest | rpc.ContinueRunRequest | rpc.CancelRunRequest,
+        repetition: Repetition | None,
+    ) -> None:
+        """Make a request safe to repeat: for its caller, who says by what, or for this gateway alone."""
+        if repetition is None:
+            request.request_id = next(self._request_ids)
+        else:
+            request.request_id = repetition.key
+            request.request_digest = repetition.digest
+
     async def _answer(self, command: rpc.SessionCommand, wait_seconds: float = 0) -> rpc.SessionUpdate:
-        call = self._session.open(command, _UNARY_SECONDS + wait_seconds)
+        call = self.replicas.open(command, _UNARY_SECONDS + wait_seconds)
         try:
             update = await call.next()
         finally:
             call.stop()
         assert update is not None, "an operation that does not stream has one answer"
         return update
-
-    def _open_stream(self) -> Stream:
-        return self._stub.Session(metadata=self._metadata, wait_for_ready=True)
 
 
 def _command(context: CallContext) -> rpc.SessionCommand:

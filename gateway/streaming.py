@@ -17,7 +17,6 @@ from aiohttp import web
 from gateway.codec import TERMINAL, encode, event_document, run_document, thread_document
 from gateway.errors import ApiError, error_document
 from gateway.run_client import UpdateStream
-from protos.acp.runs.v1 import run_pb2 as pb
 from protos.acp.runs.v1 import run_service_pb2 as rpc
 
 log = logging.getLogger(__name__)
@@ -131,7 +130,7 @@ def _one_line(document: bytes) -> bytes:
 class StreamRelay:
     """Writes one update stream to one client."""
 
-    __slots__ = ("_frames", "_response", "_stopped", "_updates", "idle_ticks", "request")
+    __slots__ = ("_frames", "_response", "_stopped", "_updates", "has_begun", "idle_ticks", "request")
 
     def __init__(self, request: web.Request, updates: UpdateStream, frames: Frames) -> None:
         self.request = request
@@ -139,9 +138,10 @@ class StreamRelay:
         self._frames = frames
         self._response: web.StreamResponse | None = None
         self._stopped = False
+        self.has_begun = False
         self.idle_ticks = 0
 
-    async def run(self, begin: Callable[[pb.Run], web.StreamResponse]) -> web.StreamResponse:
+    async def run(self, begin: Callable[[rpc.RunUpdate], web.StreamResponse]) -> web.StreamResponse:
         """Relay to the end; `begin` makes the response once the first update is there.
 
         An error before that is raised (ApiError); later it is the last frame.
@@ -153,7 +153,8 @@ class StreamRelay:
                 while (update := await self._updates.next()) is not None:
                     data = frames.update(update)
                     if response is None:
-                        response = begin(update.run)
+                        self.has_begun = True
+                        response = begin(update)
                         await response.prepare(self.request)
                         self._bound_send_buffer()
                         self._response = response
@@ -236,25 +237,29 @@ class OpenStreams:
         """Start the clock."""
         self._clock = asyncio.create_task(self._tick())
 
-    async def stop(self) -> None:
-        """End every stream with `stream.error`, code DRAINING."""
+    def stop(self) -> None:
+        """End every stream with `stream.error`, code DRAINING; one that is still to come, behind its first update."""
         self._stopping = True
         if self._clock is not None:
             self._clock.cancel()
         for relay in self._open:
-            relay.stop()
+            # One that has not begun would be refused, and what it asked for is likely to be accepted.
+            if relay.has_begun:
+                relay.stop()
 
     async def relay(
         self,
         request: web.Request,
         updates: UpdateStream,
         form: StreamForm,
-        begin: Callable[[pb.Run], tuple[int, Mapping[str, str]]],
+        begin: Callable[[rpc.RunUpdate], tuple[int, Mapping[str, str]]],
     ) -> web.StreamResponse:
-        """Answer a request with an update stream; `begin` gives the status and more headers."""
+        """Answer a request with an update stream; `begin` makes its first update into the status and more headers."""
 
-        def response(run: pb.Run) -> web.StreamResponse:
-            status, headers = begin(run)
+        def response(first: rpc.RunUpdate) -> web.StreamResponse:
+            status, headers = begin(first)
+            if self._stopping:
+                relay.stop()
             return web.StreamResponse(
                 status=status,
                 headers={
@@ -265,9 +270,6 @@ class OpenStreams:
                 },
             )
 
-        if self._stopping:
-            updates.stop()
-            raise _draining()
         relay = StreamRelay(request, updates, Frames(form))
         self._open.add(relay)
         try:

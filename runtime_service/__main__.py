@@ -11,6 +11,8 @@ import json
 import logging
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -23,9 +25,15 @@ from runtime_service.config import RuntimeConfig, SettingError
 from runtime_service.errors import StoreUnavailable
 from runtime_service.executor import ExecutorLimits
 from runtime_service.registry import ConfigurationError
+from runtime_service.retention import RetentionLimits, delete_old_runs
 from runtime_service.server import RuntimeServer
 from runtime_service.session import SessionLimits
+from runtime_service.store.base import Deleted
+from runtime_service.store.opening import open_store
 from runtime_service.validation import RequestLimits
+
+_DATA_DIR = Path(".acp")
+_DEFAULTS = RuntimeConfig(data_dir=_DATA_DIR, service_token="-" * 16)
 
 app = typer.Typer(
     help="The runtime service of the ACP gateway: owns runs, executes agents, speaks gRPC.",
@@ -35,9 +43,16 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _commands() -> None:
-    """Keep `serve` a command of its own: others will stand beside it."""
+DataDir = Annotated[Path, typer.Option(envvar="ACP_DATA_DIR", help="Folder of the run store; made when it is missing.")]
+Store = Annotated[
+    str | None,
+    typer.Option(
+        envvar="ACP_STORE",
+        help="URL of a PostgreSQL database for the runs, shared by any number of runtime services; "
+        "without one they are in a SQLite file of the data directory.",
+        show_default=False,
+    ),
+]
 
 
 @app.command()
@@ -46,9 +61,15 @@ def serve(
         str,
         typer.Option(envvar="ACP_RUNTIME_LISTEN", help="HOST:PORT of the gRPC service; port 0 picks one."),
     ] = "127.0.0.1:50051",
-    data_dir: Annotated[
-        Path, typer.Option(envvar="ACP_DATA_DIR", help="Folder of the run store; made when it is missing.")
-    ] = Path(".acp"),
+    data_dir: DataDir = _DATA_DIR,
+    store: Store = None,
+    advertise: Annotated[
+        str | None,
+        typer.Option(
+            envvar="ACP_ADVERTISE",
+            help="HOST:PORT by which other runtime services over the same database reach this one.",
+        ),
+    ] = None,
     servers: Annotated[
         Path | None,
         typer.Option(envvar="ACP_SERVERS", help="A servers.toml; without one the built-in servers."),
@@ -79,6 +100,24 @@ def serve(
         float,
         typer.Option(envvar="ACP_CANCEL_GRACE_SECONDS", min=0, help="Time for a cancelled agent to end by itself."),
     ] = ExecutorLimits().cancel_grace_seconds,
+    lease_seconds: Annotated[
+        float,
+        typer.Option(
+            envvar="ACP_LEASE_SECONDS",
+            min=1,
+            help="Turns of a service that was not heard of for so long are lost to it.",
+        ),
+    ] = _DEFAULTS.lease_seconds,
+    lease_heartbeat_seconds: Annotated[
+        float, typer.Option(envvar="ACP_LEASE_HEARTBEAT_SECONDS", min=0.1, help="How often the lease is renewed.")
+    ] = ExecutorLimits().heartbeat_seconds,
+    sweep_seconds: Annotated[
+        float, typer.Option(envvar="ACP_SWEEP_SECONDS", min=0.1, help="How often turns that were lost are looked for.")
+    ] = ExecutorLimits().sweep_seconds,
+    retention_days: Annotated[
+        float,
+        typer.Option(envvar="ACP_RETENTION_DAYS", min=0, help="Runs unchanged for so many days are deleted; 0: never."),
+    ] = RetentionLimits().run_days,
     max_session_calls: Annotated[
         int, typer.Option(envvar="ACP_MAX_SESSION_CALLS", min=1, help="How many calls a session may have open.")
     ] = SessionLimits().max_calls,
@@ -104,7 +143,7 @@ def serve(
     log_level: Annotated[str, typer.Option(envvar="ACP_LOG_LEVEL", help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Serve RunService until SIGTERM or Ctrl-C, then drain."""
-    try:
+    with _complaints():
         _log_as_json(log_level)
         if service_token_file is not None:
             service_token = service_token_file.read_text().strip()
@@ -115,11 +154,62 @@ def serve(
             servers=servers,
             allow_plaintext=allow_plaintext,
             drain_seconds=drain_seconds,
-            executor=ExecutorLimits(max_turns, max_queued_turns, max_attempts, cancel_grace_seconds),
+            executor=ExecutorLimits(
+                max_turns, max_queued_turns, max_attempts, cancel_grace_seconds, lease_heartbeat_seconds, sweep_seconds
+            ),
             requests=RequestLimits(max_title_characters, max_metadata_bytes),
             sessions=SessionLimits(max_session_calls),
+            store=store or None,
+            advertise=advertise,
+            lease_seconds=lease_seconds,
+            retention=RetentionLimits(retention_days),
         )
         uvloop.run(_serve(config, ready_file, stop_with_stdin))
+
+
+@app.command()
+def migrate(store: Store = None) -> None:
+    """Bring the PostgreSQL database at --store to the schema of this program; services are started after it."""
+    with _complaints():
+        if not store:
+            raise SettingError(
+                "ACP_STORE must be the URL of the database; a SQLite file is brought up to date by itself"
+            )
+        from runtime_service.store.postgres_schema import migrate
+
+        applied = uvloop.run(migrate(store))
+        print("\n".join(f"applied {name}" for name in applied) or "the schema is up to date")
+
+
+@app.command()
+def delete_runs(
+    older_than_days: Annotated[float, typer.Option(min=0, help="Delete runs unchanged for so many days.")],
+    data_dir: DataDir = _DATA_DIR,
+    store: Store = None,
+) -> None:
+    """Delete old runs, a few at a time; of a SQLite file only while no service has it open."""
+    with _complaints():
+        config = RuntimeConfig(data_dir=data_dir, service_token="-" * 16, store=store or None)
+        uvloop.run(_delete_runs(config, older_than_days))
+
+
+async def _delete_runs(config: RuntimeConfig, days: float) -> None:
+    store = await open_store(config.store, config.store_path, address=config.listen, lease_seconds=config.lease_seconds)
+    deleted = Deleted(0, 0, 0)
+    try:
+        async for deleted in delete_old_runs(store, days):
+            if sys.stderr.isatty():
+                print(f"\rdeleted {deleted.runs} runs", end="", file=sys.stderr, flush=True)
+    finally:
+        await store.close()
+        print(f"deleted {deleted.runs} runs, with {deleted.turns} turns and {deleted.events} events")
+
+
+@contextmanager
+def _complaints() -> Iterator[None]:
+    """End with a word about what is wrong, where that can be told."""
+    try:
+        yield
     except (SettingError, ConfigurationError, StoreUnavailable, OSError) as error:
         print(f"runtime_service: {error}", file=sys.stderr)
         raise typer.Exit(2) from None

@@ -162,7 +162,7 @@ class EventLog:
                 settled = options.turn is not None and view.status in TERMINAL
                 end = view.last_sequence if settled else max(view.last_sequence, live.last_sequence)
                 while cursor < end:
-                    events = await self._events_after(live, run, cursor, _UPDATE_EVENTS, _UPDATE_SIZE)
+                    events = await self._events_after(live, run, cursor, end, _UPDATE_EVENTS, _UPDATE_SIZE)
                     if not events:
                         break
                     cursor = events[-1].sequence
@@ -204,7 +204,7 @@ class EventLog:
             end = view.last_sequence if view.status in TERMINAL else max(view.last_sequence, live.last_sequence)
             first = True
             while cursor < end:
-                events = await self._events_after(live, run, cursor, _COLLECTED_EVENTS, _COLLECTED_SIZE)
+                events = await self._events_after(live, run, cursor, end, _COLLECTED_EVENTS, _COLLECTED_SIZE)
                 if not events:
                     break
                 cursor = events[-1].sequence
@@ -233,11 +233,12 @@ class EventLog:
             expired = await live.wait_for_end(deadline)
 
     async def _events_after(
-        self, live: LiveRun, run: Run, sequence: int, limit: int, limit_size: int
+        self, live: LiveRun, run: Run, sequence: int, end: int, limit: int, limit_size: int
     ) -> tuple[RunEvent, ...]:
-        return live.tail_after(sequence, limit, limit_size) or tuple(
-            await self._store.read_events(run.id, sequence, limit, limit_size)
-        )
+        """Return the next events after `sequence`; that the log goes up to `end` may be known by the store alone."""
+        if live.tail and live.tail[-1].sequence >= end and (tail := live.tail_after(sequence, limit, limit_size)):
+            return tail
+        return tuple(await self._store.read_events(run.id, sequence, limit, limit_size))
 
     async def _read_view(self, live: LiveRun, run: Run, turn: int | None) -> Run:
         while True:

@@ -192,8 +192,6 @@ class Executor:
             raise Draining
         if (reason := server.agent.unavailable_reason()) is not None:
             raise AgentUnavailable(reason)
-        if not self._store.is_available:
-            raise StoreUnavailable("The store cannot be reached; nothing was changed. Try again in a moment.")
         if self._occupied < self._limits.max_turns and not self._waits:
             self._occupied += 1
             return True
@@ -439,6 +437,7 @@ class Executor:
             if execution is not None:
                 execution.resume()
             return change
+        self._counted_at = -math.inf  # some may wait no longer
         # One that was claimed while the cancel was on its way, too; but not one that came behind it.
         ended = {execution, self._executions.get(run_id)}
         settled = [e for e in ended if e is not None and e.run.turn.number <= change.run.last_turn]
@@ -472,7 +471,7 @@ class Executor:
 
     def _may_repeat(self, server_id: str) -> bool:
         server = self._registry.executor_of(server_id)
-        return server is not None and server.agent.repeatable
+        return server is not None and server.may_repeat
 
 
 async def _repeat(seconds: float, act: Callable[[], Awaitable[object]]) -> None:

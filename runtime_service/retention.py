@@ -21,7 +21,7 @@ _REST = 4  # so many times as long as a batch took, nothing is deleted behind it
 
 
 class RetentionLimits(msgspec.Struct, frozen=True):
-    """Runs to which nothing was written for `run_days` are deleted, never if it is 0; looked for so often."""
+    """Runs to which nothing was written for `run_days` are deleted; 0: never. Looked for every `interval_seconds`."""
 
     run_days: float = 0.0
     interval_seconds: float = 600.0

@@ -230,7 +230,7 @@ class Runtime:
 
     async def cancel(self, run: Run) -> Run:
         """Cancel a run."""
-        return (await self.executor.cancel_run(run.organization, run.server_id, run.id)).run
+        return (await self.executor.cancel_run(Cancel(run.organization, run.server_id, run.id))).run
 
     async def get(self, run: Run, turn: int | None = None) -> Run:
         """Read a run."""

@@ -82,6 +82,7 @@ class GroupCommitWriter:
         self._checkpoint_at = _CHECKPOINT_PAGES
         connection.set_wal_hook(self._on_logged)  # in place of SQLite's own checkpoints, which are part of a COMMIT
         connection.execute(f"PRAGMA journal_size_limit = {_LOG_FILE_BYTES}")
+        self.was_refused = False  # the last write, by the file
         self._closed: asyncio.Future[None] | None = None
         self._commits: SimpleQueue[list[_Asked] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="store-writer", daemon=True)
@@ -152,6 +153,7 @@ class GroupCommitWriter:
 
     def _on_logged(self, _connection: apsw.Connection, _database: str, pages: int) -> int:
         self._log_pages = pages
+        self.was_refused = False
         return apsw.SQLITE_OK
 
     def _write_soon(self) -> None:
@@ -225,6 +227,7 @@ class GroupCommitWriter:
                 log.error("the store refused a write: %s", error)
                 asked.result = error
                 if isinstance(error, apsw.Error):
+                    self.was_refused = True
                     asked.result = StoreUnavailable(_REFUSED)
         connection.set_busy_timeout(0)
 

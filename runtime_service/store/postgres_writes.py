@@ -106,7 +106,8 @@ class Start(Asked[Change]):
         elif not done.same:
             self.fail(RequestIdReused(self.request[1] if self.request else ""))
         else:
-            self.tell(done.changes(own)[0])
+            # Nothing was begun by this write: also of a run that is there, another one executes what is open.
+            self.tell(msgspec.structs.replace(done.changes(own)[0], replayed=True))
 
 
 class Extend(Asked[Change]):

@@ -96,11 +96,18 @@ class SQLiteStore:
 
     # Other processes: there are none, the file is this one's alone
 
+    @property
+    def is_available(self) -> bool:
+        """Whether the last write was taken."""
+        return not self._writer.was_refused
+
     def listen(self, listener: StoreListener) -> None:
         """Tell nothing: nobody else writes to the file, and what this process holds it cannot lose."""
 
     async def renew(self) -> None:
-        """Do nothing: what is held is held until `close`."""
+        """Find out whether writes are taken again; what is held is held until `close`."""
+        if self._writer.was_refused:
+            await self._writer.submit(lambda: self._connection.pragma("user_version", SCHEMA_VERSION))
 
     # Writes
 
@@ -196,9 +203,7 @@ class SQLiteStore:
 
     async def get_run(self, organization: str, server_id: str, run_id: str, turn: int | None = None) -> Run:
         """Return a run showing its latest turn, or `turn`."""
-        return await self._read(
-            lambda db: rows.run_at_turn(db, rows.run_key(db, organization, server_id, run_id), turn)
-        )
+        return await self._read(lambda db: rows.find_run(db, organization, server_id, run_id, turn))
 
     async def list_runs(
         self,

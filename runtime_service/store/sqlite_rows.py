@@ -39,6 +39,14 @@ def run_key(db: apsw.Connection, organization: str, server_id: str, run_id: str)
     return int(key)
 
 
+def find_run(db: apsw.Connection, organization: str, server_id: str, run_id: str, turn: int | None) -> Run:
+    """Return a run showing its latest turn, or `turn`, outside of a transaction. Raises RunNotFound."""
+    row = execute(db, "run_at_turn", (run_key(db, organization, server_id, run_id), turn)).fetchone()
+    if row is None:  # it was deleted since its key was found
+        raise RunNotFound(run_id)
+    return run_from_row(row)
+
+
 def run_at_turn(db: apsw.Connection, key: int, turn: int | None = None) -> Run:
     """Return a run that is there, showing its latest turn, or `turn`."""
     return run_from_row(one(execute(db, "run_at_turn", (key, turn)).fetchone()))

@@ -21,6 +21,7 @@ from runtime_service.runs import (
     now_ms,
 )
 from runtime_service.store.base import (
+    ATTEMPT_BEGINS,
     Cancel,
     Change,
     NewTurn,
@@ -32,6 +33,7 @@ from runtime_service.store.base import (
     incomplete_event,
     log_event,
     place_events,
+    runtime_lost,
     user_event,
 )
 from runtime_service.store.sqlite_rows import QUERIES, execute, requested, run_at_turn, run_from_row, run_key
@@ -115,7 +117,7 @@ def claim_turns(db: apsw.Connection, limit: int) -> list[Change]:
         execute(db, "claim_turn", (key, number))
         run = run_at_turn(db, key, number)
         events = (
-            [log_event("attempt", LogLevel.WARN, f"Attempt {run.turn.attempt} begins: the one before was lost.")]
+            [log_event("attempt", LogLevel.WARN, ATTEMPT_BEGINS.format(attempt=run.turn.attempt))]
             if run.turn.attempt > 1
             else []
         )
@@ -143,13 +145,10 @@ def recover(
             execute(db, "requeue_turn", (key, number, run.turn.attempt))
             status = RunStatus.QUEUED
         else:
-            error = (
-                f"The runtime was lost while it executed this turn (attempt {run.turn.attempt}), and the turn "
-                "is not begun again. Send the input once more to try again."
-            )
-            events.append(log_event("runtime_lost", LogLevel.ERROR, error))
-            status = RunStatus.FAILED
-            _settle_turn(db, key, number, Outcome(status, draft, error, "RUNTIME_LOST"), at)
+            outcome = runtime_lost(run.turn.attempt, draft)
+            events.append(log_event("runtime_lost", LogLevel.ERROR, outcome.error or ""))
+            status = outcome.status
+            _settle_turn(db, key, number, outcome, at)
             execute(db, "make_ready", (key, number + 1))
         if number != run.last_turn:
             status = run_at_turn(db, key).status

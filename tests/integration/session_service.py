@@ -1,4 +1,4 @@
-"""A runtime service that knows `RunService.Session` alone, and does on it what a test says."""
+"""A runtime service that knows `RunService.Session` and health alone, and does on it what a test says."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -8,7 +8,9 @@ from typing import Any, TypeAlias
 import grpc
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from gateway.replicas import Replicas
 from gateway.run_client import RunClient
 from protos.acp.runs.v1 import run_pb2 as pb
 from protos.acp.runs.v1 import run_service_pb2 as rpc
@@ -33,13 +35,13 @@ class FakeSession:
 
     async def take(self, operation: str) -> rpc.SessionCommand:
         """The next command, which is this one."""
-        command = await self._next()
+        command = await self.take_next()
         assert command.WhichOneof("operation") == operation, command
         return command
 
     async def take_calls(self, count: int) -> dict[str, rpc.SessionCommand]:
         """The next commands by their operation, of which each is another."""
-        commands = [await self._next() for _ in range(count)]
+        commands = [await self.take_next() for _ in range(count)]
         found: dict[str, rpc.SessionCommand] = {str(command.WhichOneof("operation")): command for command in commands}
         assert len(found) == count
         return found
@@ -48,7 +50,8 @@ class FakeSession:
         """Take nothing more that is about this call."""
         self._ignored.add(command.call)
 
-    async def _next(self) -> rpc.SessionCommand:
+    async def take_next(self) -> rpc.SessionCommand:
+        """The next command."""
         while (command := await self._commands.get()).call in self._ignored:
             pass
         return command
@@ -86,7 +89,8 @@ class FakeSession:
 class FakeService:
     """The service; it can be killed and started again at its port. `limits` is the hello of streams to come."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        self.host = host
         self.limits: rpc.SessionLimits | None = rpc.SessionLimits(
             max_calls=1_000, window_updates=WINDOW, max_message_bytes=8 << 20
         )
@@ -99,7 +103,7 @@ class FakeService:
     @property
     def target(self) -> str:
         """Where it is."""
-        return f"127.0.0.1:{self.port}"
+        return f"{self.host}:{self.port}"
 
     async def start(self) -> None:
         """Serve, again at the same port."""
@@ -113,8 +117,15 @@ class FakeService:
         methods = {"Session": session} if self.knows_session else {}
         handler = grpc.method_handlers_generic_handler("acp.runs.v1.RunService", methods)
         self._server.add_generic_rpc_handlers((handler,))
-        self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self.port = self._server.add_insecure_port(self.target)
         await self._server.start()
+
+    async def say(self, *, serving: bool) -> None:
+        """Say that it serves, which it does when it is started, or that it does not."""
+        states = health_pb2.HealthCheckResponse
+        await self._health.set("", states.SERVING if serving else states.NOT_SERVING)
 
     async def kill(self) -> None:
         """Cut every connection, as a process that dies does."""
@@ -136,13 +147,23 @@ class FakeService:
 @asynccontextmanager
 async def fake_service() -> AsyncIterator[FakeService]:
     """Serve until the test is over, and until nothing is left of it: gRPC would tell the next loop."""
-    before = asyncio.all_tasks()
-    service = FakeService()
-    await service.start()
-    try:
+    async with fake_services(1) as (service,):
         yield service
+
+
+@asynccontextmanager
+async def fake_services(count: int) -> AsyncIterator[list[FakeService]]:
+    """Serve as `fake_service` does, at the same port of this many addresses."""
+    before = asyncio.all_tasks()
+    services = [FakeService(f"127.0.0.{number}") for number in range(1, count + 1)]
+    for service in services:
+        service.port = services[0].port
+        await service.start()
+    try:
+        yield services
     finally:
-        await service.kill()
+        for service in services:
+            await service.kill()
     await eventually(lambda: asyncio.all_tasks() <= before)
 
 
@@ -151,17 +172,31 @@ async def client_of(
     service: FakeService, *, max_calls: int = 1_000, reconnect_seconds: float = 10.0
 ) -> AsyncIterator[RunClient]:
     """The gateway's client, connected to it."""
-    client = RunClient(service.target, TOKEN, max_calls, reconnect_seconds)
-    client.start()
+    async with replicas_at(service.target, max_calls=max_calls, reconnect_seconds=reconnect_seconds) as replicas:
+        yield RunClient(replicas)
+
+
+@asynccontextmanager
+async def replicas_at(
+    targets: str, *, max_calls: int = 1_000, reconnect_seconds: float = 10.0
+) -> AsyncIterator[Replicas]:
+    """The services at these targets, as the gateway knows them."""
+    replicas = Replicas(targets, TOKEN, max_calls, reconnect_seconds)
+    replicas.start()
     try:
-        yield client
+        yield replicas
     finally:
-        await client.close()
+        await replicas.close()
 
 
-def run_message(status: "pb.RunStatus.ValueType" = pb.RUN_STATUS_RUNNING, turn: int = 1) -> pb.Run:
+def run_message(
+    status: "pb.RunStatus.ValueType" = pb.RUN_STATUS_RUNNING, turn: int = 1, run_id: str = "run_1"
+) -> pb.Run:
     """A run in this status."""
-    return pb.Run(id="run_1", server_id="echo", turn=turn, status=status)
+    return pb.Run(id=run_id, server_id="echo", turn=turn, status=status, mode=pb.RUN_MODE_SYNC)
+
+
+THREAD = pb.Thread(id="thread_1", status=pb.THREAD_STATUS_ACTIVE)
 
 
 def news(
@@ -169,11 +204,15 @@ def news(
 ) -> rpc.RunUpdate:
     """An update with these events, the run where a status is given, and the delta."""
     update = rpc.RunUpdate(
-        events=[pb.RunEvent(sequence=number, content=f"event {number}") for number in sequences], delta=delta
+        events=[
+            pb.RunEvent(sequence=number, content=f"event {number}", role=pb.EVENT_ROLE_ASSISTANT)
+            for number in sequences
+        ],
+        delta=delta,
     )
     if status is not None:
         update.run.CopyFrom(run_message(status))
-        update.thread.id = "thread_1"
+        update.thread.CopyFrom(THREAD)
     return update
 
 
@@ -192,13 +231,16 @@ def answer_to(command: rpc.SessionCommand) -> rpc.SessionUpdate:
     update = rpc.SessionUpdate(call=command.call, last=True)
     match command.WhichOneof("operation"):
         case "get_run":
-            update.get_run.run.id = command.get_run.run_id
+            update.get_run.run.CopyFrom(run_message(run_id=command.get_run.run_id))
+            update.get_run.thread.CopyFrom(THREAD)
         case "list_runs":
             update.list_runs.agent_runtime_id = command.list_runs.server.id
         case "list_run_events":
-            update.list_run_events.run.id = command.list_run_events.run_id
+            update.list_run_events.run.CopyFrom(run_message(run_id=command.list_run_events.run_id))
+            update.list_run_events.thread.CopyFrom(THREAD)
         case "cancel_run":
-            update.cancel_run.run.id = command.cancel_run.run_id
+            update.cancel_run.run.CopyFrom(run_message(pb.RUN_STATUS_CANCELLED, run_id=command.cancel_run.run_id))
+            update.cancel_run.thread.CopyFrom(THREAD)
         case other:
             raise AssertionError(f"{other} has no one answer")
     return update

@@ -22,6 +22,7 @@ from runtime_service.config import RuntimeConfig
 from runtime_service.executor import ExecutorLimits
 from runtime_service.runs import LogLevel
 from runtime_service.server import RuntimeServer
+from tests.integration.wire import Wire
 from tests.support import LIMIT_SECONDS
 
 TOKEN = "the-service-token-of-the-tests"
@@ -258,122 +259,19 @@ def _frame(lines: list[str]) -> Frame:
     return Frame(tuple(lines), json.loads(data[0]), int(ids[0]) if ids else None)
 
 
-class Wire:
-    """What lies between gateway and runtime service: a TCP proxy whose connections a test can break."""
+class Front:
+    """A gateway, and a client of its. `key` is of the organization "default" and may do everything."""
 
-    def __init__(self) -> None:
-        self.port = 0
-        self.swallowed = 0
-        self._swallows: tuple[str, ...] = ()
-        self._connections: set[_Connection] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._target: tuple[str, int]
-        self._server: asyncio.Server
-
-    async def start(self, target: str) -> str:
-        """Pass on to HOST:PORT; return where to connect to instead."""
-        host, _, port = target.rpartition(":")
-        self._target = (host, int(port))
-        self._server = await asyncio.start_server(self._pass, "127.0.0.1", 0)
-        self.port = self._server.sockets[0].getsockname()[1]
-        return f"127.0.0.1:{self.port}"
-
-    async def stop(self) -> None:
-        """Break what there is, and take no more."""
-        self._server.close()
-        self.cut()
-        await self._server.wait_closed()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-
-    def cut(self) -> None:
-        """Break every connection, with what is under way on it; the next ones let everything through."""
-        self._swallows = ()
-        for connection in self._connections:
-            connection.cut()
-
-    def swallow(self, *, answers_only: bool = False) -> None:
-        """Let nothing through any more, or no answers, until the cut; `swallowed` counts bytes."""
-        self._swallows = ("down",) if answers_only else ("up", "down")
-        for connection in self._connections:
-            connection.swallows = self._swallows
-
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        try:
-            there = await asyncio.open_connection(*self._target)
-        except OSError:
-            writer.transport.abort()
-            return
-        connection = _Connection((writer, there[1]), self._swallows)
-        self._connections.add(connection)
-        try:
-            await asyncio.gather(
-                self._copy(connection, "up", reader, there[1]), self._copy(connection, "down", there[0], writer)
-            )
-        finally:
-            self._connections.discard(connection)
-
-    async def _copy(
-        self, connection: "_Connection", way: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        try:
-            while data := await reader.read(1 << 16):
-                if way in connection.swallows:
-                    self.swallowed += len(data)
-                else:
-                    writer.write(data)
-                    await writer.drain()
-        except ConnectionError:
-            pass
-        finally:
-            connection.cut()
-
-
-class _Connection:
-    """One connection through a wire, with both of its ends."""
-
-    def __init__(self, ends: tuple[asyncio.StreamWriter, ...], swallows: tuple[str, ...]) -> None:
-        self._ends = ends
-        self.swallows = swallows
-
-    def cut(self) -> None:
-        for end in self._ends:
-            end.transport.abort()
-
-
-class Stack:
-    """Both programs, and a client of theirs. `key` is of the organization "default" and may do everything."""
-
-    def __init__(self, folder: Path, runtime: RuntimeConfig) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.keys = KeyFile(folder / "keys.json")
         self.key = self.make_key()
         self.http: aiohttp.ClientSession
         self.gateway: Gateway
-        self.runtime: RuntimeServer
-        self._runtime_config = runtime
 
     def make_key(self, organization: str = "default", *scopes: Scope) -> str:
         """Return a new key."""
         return self.keys.create("test", organization, scopes or ("*",))[0]
-
-    @property
-    def target(self) -> str:
-        """Where the runtime service is."""
-        return f"127.0.0.1:{self.runtime.port}"
-
-    async def start_runtime(self) -> None:
-        """Start the runtime service, again at the same port."""
-        self.runtime = await RuntimeServer(self._runtime_config).__aenter__()
-        self._runtime_config = msgspec.structs.replace(self._runtime_config, listen=self.target)
-
-    async def stop_runtime(self) -> None:
-        """Stop it as SIGTERM does."""
-        await self.runtime.__aexit__(None, None, None)
 
     def url(self, path: str) -> URL:
         """The URL of a path, which is taken as it stands."""
@@ -439,6 +337,29 @@ class Stack:
         return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.rpartition(" ")[0] == name)
 
 
+class Stack(Front):
+    """Both programs, and a client of theirs."""
+
+    def __init__(self, folder: Path, runtime: RuntimeConfig) -> None:
+        super().__init__(folder)
+        self.runtime: RuntimeServer
+        self._runtime_config = runtime
+
+    @property
+    def target(self) -> str:
+        """Where the runtime service is."""
+        return f"127.0.0.1:{self.runtime.port}"
+
+    async def start_runtime(self) -> None:
+        """Start the runtime service, again at the same port."""
+        self.runtime = await RuntimeServer(self._runtime_config).__aenter__()
+        self._runtime_config = msgspec.structs.replace(self._runtime_config, listen=self.target)
+
+    async def stop_runtime(self) -> None:
+        """Stop it as SIGTERM does."""
+        await self.runtime.__aexit__(None, None, None)
+
+
 def runs(server: str) -> str:
     """The path of a server's runs."""
     return f"/v1/servers/{server}/runs"
@@ -474,20 +395,34 @@ async def serving(
     stack = Stack(folder, runtime)
     await stack.start_runtime()
     try:
-        config = GatewayConfig(
-            grpc_target=stack.target if wire is None else await wire.start(stack.target),
-            service_token=TOKEN,
-            keys_file=stack.keys.path,
-            port=0,
-            **{"drain_seconds": 2.0, **settings},
-        )
-        connector = aiohttp.TCPConnector(limit=0)
-        async with (
-            Gateway(config) as stack.gateway,
-            aiohttp.ClientSession(connector=connector, read_bufsize=1 << 21) as stack.http,
-        ):
+        async with _fronted(stack, stack.target if wire is None else await wire.start(stack.target), settings):
             yield stack
     finally:
         if wire is not None:
             await wire.stop()
         await stack.stop_runtime()
+
+
+@asynccontextmanager
+async def fronting(folder: Path, targets: str, **settings: Any) -> AsyncIterator[Front]:
+    """Serve with these settings of the gateway, before the runtime services at these targets."""
+    front = Front(folder)
+    async with _fronted(front, targets, settings):
+        yield front
+
+
+@asynccontextmanager
+async def _fronted(front: Front, targets: str, settings: Mapping[str, Any]) -> AsyncIterator[None]:
+    config = GatewayConfig(
+        grpc_target=targets,
+        service_token=TOKEN,
+        keys_file=front.keys.path,
+        port=0,
+        **{"drain_seconds": 2.0, **settings},
+    )
+    connector = aiohttp.TCPConnector(limit=0)
+    async with (
+        Gateway(config) as front.gateway,
+        aiohttp.ClientSession(connector=connector, read_bufsize=1 << 21) as front.http,
+    ):
+        yield

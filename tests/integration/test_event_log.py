@@ -11,7 +11,8 @@ import uvloop
 
 from runtime_service import event_log as event_log_module
 from runtime_service.errors import Draining
-from runtime_service.event_log import Delta, Draft, EventLog, FollowOptions, Update
+from runtime_service.event_log import EventLog, FollowOptions
+from runtime_service.live_run import Delta, Draft, Update
 from runtime_service.runs import EventDraft, EventRole, Run, RunStatus
 from runtime_service.store.base import Cancel, Change, Outcome
 from runtime_service.store.sqlite import SQLiteStore
@@ -106,7 +107,7 @@ async def collected(log: EventLog, run: Run, wait_seconds: float | None = None) 
 def views_of(log: EventLog, run: Run) -> dict[int, Run]:
     """What is known of a run that somebody follows."""
     live = log._live.get(run.id)
-    return {} if live is None else live.views
+    return {} if live is None else live._views
 
 
 def sequences(updates: Sequence[Update]) -> list[int]:
@@ -653,7 +654,7 @@ def test_log_remembers_only_so_much_of_a_long_run(tmp_path: Path) -> None:
                 await tale.resume()
                 await tale.claim()
             assert len(live.tail) <= 1_000
-            assert len(live.views) <= 32
+            assert len(live._views) <= 32
             await tale.finish()
             assert sequences(await follow(tale.log, run)) == list(range(1, 60 * 51 + 2))
             tale.log.let_go(run.id)

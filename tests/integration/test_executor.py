@@ -128,7 +128,7 @@ def is_idle(rt: Runtime) -> bool:
     """Whether nothing of any run is left in memory, and all room is free."""
     executor = rt.executor
     idle = not executor._tasks and not executor._executions and not executor._occupied
-    return idle and not executor._queued and not executor._queued_total and not rt.event_log._live
+    return idle and not rt.event_log._live
 
 
 async def is_served(rt: Runtime, server_id: str = SERVER) -> bool:
@@ -767,7 +767,7 @@ def test_cancel_of_a_settled_run_shows_its_outcome(path: Path, kind: type[Script
             run = await rt.until_status(await rt.start(), COMPLETED)
             assert await rt.cancel(run) == run
             with pytest.raises(RunNotFound):
-                await rt.executor.cancel_run("other", SERVER, run.id)
+                await rt.executor.cancel_run(Cancel("other", SERVER, run.id))
 
     run_async(main())
 
@@ -781,7 +781,7 @@ def test_cancel_by_another_organization_does_not_disturb(path: Path) -> None:
             run = await rt.start()
             for organization, server_id in (("other", SERVER), (ORGANIZATION, "other")):
                 with pytest.raises(RunNotFound):
-                    await rt.executor.cancel_run(organization, server_id, run.id)
+                    await rt.executor.cancel_run(Cancel(organization, server_id, run.id))
             go.set()
             await rt.until_status(run, COMPLETED)
             assert await stored(rt, run) == ["hello", "one", "re: hello"]

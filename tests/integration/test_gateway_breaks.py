@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.stack import GATES, Frame, Gate, Stack, Stream, Wire, runs, serving, until
+from tests.integration.stack import GATES, Frame, Gate, Stack, Stream, runs, serving, until
 from tests.integration.test_gateway import sequences
 from tests.integration.test_gateway_events import STREAMED, check_stream, events_of, statuses_of
+from tests.integration.wire import Wire
 from tests.support import eventually, run_async
 
 CUTS = 20

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.integration.stack import GATES, Frame, Stack, Wire, runs, serving, until
+from tests.integration.stack import GATES, Frame, Stack, runs, serving, until
 from tests.integration.test_gateway import FAMILIES, check_run, said, sequences
+from tests.integration.wire import Wire
 from tests.support import run_async
 
 STREAMED = {"text/event-stream": "text/event-stream", "application/x-ndjson": "application/x-ndjson"}

@@ -9,12 +9,13 @@ from typing import Any
 import grpc
 import pytest
 
-from gateway import run_client, session
+from gateway import replicas, run_client, session
 from gateway.errors import ApiError
 from gateway.run_client import CallContext, RunClient, ServerTarget, UpdateStream
 from protos.acp.runs.v1 import run_pb2 as pb
 from protos.acp.runs.v1 import run_service_pb2 as rpc
 from tests.integration.session_service import (
+    THREAD,
     WINDOW,
     FakeService,
     FakeSession,
@@ -24,6 +25,7 @@ from tests.integration.session_service import (
     fake_service,
     last_of,
     news,
+    run_message,
     update_of,
 )
 from tests.support import eventually, run_async
@@ -163,7 +165,7 @@ each_break = pytest.mark.parametrize("break_", [unavailable, cancelled, internal
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that looks often, so that a test waits for a deadline and not for the look at it."""
-    monkeypatch.setattr(session, "_TICK_SECONDS", 0.01)
+    monkeypatch.setattr(replicas, "_TICK_SECONDS", 0.01)
 
 
 @pytest.fixture
@@ -437,7 +439,7 @@ def test_question_is_asked_again(break_: Break) -> None:
                 left = again["list_run_events"].list_run_events
                 assert 10_000 < left.wait_ms <= before["list_run_events"].list_run_events.wait_ms - 49
                 before["list_run_events"].list_run_events.wait_ms = left.wait_ms
-                assert again == before
+                assert unnumbered(again) == unnumbered(before)
             await stream.send(*(answer_to(command) for command in again.values()))
             run, page, events, cancelled_run = await asyncio.gather(*asking)
             assert (run.run.id, page.agent_runtime_id, events.run.id) == ("run_1", "echo", "run_2")  # type: ignore[attr-defined]
@@ -446,13 +448,24 @@ def test_question_is_asked_again(break_: Break) -> None:
     run_async(main())
 
 
+def unnumbered(calls: dict[str, rpc.SessionCommand]) -> list[rpc.SessionCommand]:
+    """Commands without the number, which is another one each time."""
+    commands = []
+    for operation in sorted(calls):
+        command = rpc.SessionCommand()
+        command.CopyFrom(calls[operation])
+        command.call = 0
+        commands.append(command)
+    return commands
+
+
 def log_from(after: int, chunk: int) -> list[rpc.RunUpdate]:
     """What a service says of a run with six events after a sequence, `chunk` events at a time."""
     numbers = list(range(after + 1, 7))
     updates = [news(*numbers[first : first + chunk]) for first in range(0, len(numbers), chunk)] or [news()]
     for update, status in ((updates[0], RUNNING), (updates[-1], COMPLETED)):
-        update.run.CopyFrom(pb.Run(id="run_1", turn=1, status=status))
-        update.thread.id = "thread_1"
+        update.run.CopyFrom(run_message(status))
+        update.thread.CopyFrom(THREAD)
     return updates
 
 
@@ -675,12 +688,18 @@ def test_call_that_is_refused_by_a_stopping_service_is_asked_of_the_next(break_:
             calls = await stream.take_calls(3)
             await stream.send(update_of(calls["watch_run"], news(1, 2, status=RUNNING)))
             await stream.send(*(error_to(each, grpc.StatusCode.UNAVAILABLE, "DRAINING") for each in calls.values()))
-            await probe(stream, client)
+            await eventually(lambda: not client.replicas.is_serving)
+            # Nothing is asked of who stops.
+            late = asyncio.create_task(get(client, "late"))
+            await asyncio.sleep(0)
             assert not any(task.done() for task in (one.task, two.task, asking))
             await break_(service, stream)
+            assert len([command for request in stream.requests for command in request.commands]) == 3 + 1
             stream = await service.session()
-            again = await stream.take_calls(3)
-            assert again["start_run"] == calls["start_run"]
+            again = await stream.take_calls(4)
+            await stream.send(answer_to(again.pop("get_run")))
+            assert await late == "late"
+            assert again["start_run"].start_run == calls["start_run"].start_run
             assert again["watch_run"].watch_run.after_sequence == 2
             await stream.send(
                 update_of(again["start_run"], news(1, status=COMPLETED), last=True),
@@ -697,8 +716,8 @@ def test_stopping_service_without_a_next_one_is_told(quick: None) -> None:
     """After the time for a reconnect DRAINING is the answer, whether the old stream is still there or not."""
 
     async def main() -> None:
-        async with connected(reconnect_seconds=0.2) as (service, stream, client):
-            for kills in (False, True):
+        for kills in (False, True):
+            async with connected(reconnect_seconds=0.2) as (service, stream, client):
                 reader = Reader(start(client))
                 command = await stream.take("start_run")
                 await stream.send(update_of(command, news(1, status=RUNNING)))
@@ -709,8 +728,6 @@ def test_stopping_service_without_a_next_one_is_told(quick: None) -> None:
                 assert (error.status, error.code, error.message) == (503, "DRAINING", "It stops.")
                 assert error.headers["Retry-After"]
                 assert reader.sequences == [1]
-                if not kills:
-                    await stream.take("stop")
 
     run_async(main())
 
@@ -728,7 +745,7 @@ def test_service_that_is_away_is_told(quick: None, caplog: pytest.LogCaptureFixt
             await eventually(lambda: reader.news)
             away_since = loop.time()
             await service.kill()
-            await eventually(lambda: "the session with the runtime service broke" in caplog.text)
+            await eventually(lambda: f"at {service.target} broke" in caplog.text)
             late = asyncio.create_task(get(client))
             errors = await asyncio.gather(refusal(reader.task), refusal(asking), refusal(late))
             assert 0.2 <= loop.time() - away_since < 2
@@ -1102,7 +1119,7 @@ def test_close_leaves_nothing_behind(state: str) -> None:
             if state == "connected":
                 await probe(stream, client)
             readers = [Reader(start(client)), Reader(watch(client))]
-            assert [timer for timer in _timers() if "Session" in repr(timer)]
+            assert [timer for timer in _timers() if "Replicas" in repr(timer)]
             waiting = [*(reader.task for reader in readers), asyncio.ensure_future(get(client))]
             await asyncio.sleep(0)
             if state == "connected":
@@ -1116,7 +1133,7 @@ def test_close_leaves_nothing_behind(state: str) -> None:
         for task in waiting:
             error = await refusal(task)
             assert (error.status, error.code) == (503, "RUNTIME_UNAVAILABLE")
-        assert not [timer for timer in _timers() if "Session" in repr(timer)]
+        assert not [timer for timer in _timers() if "Replicas" in repr(timer)]
         if state != "away":
             await service.kill()
         await stream.closed.wait()

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ import uvloop
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
+from gateway import http_connection
 from gateway.answers import JsonAnswer
 from gateway.errors import ApiError
-from gateway.http_server import ROUTE_FINDER, GatewayRunner, HttpLimits
+from gateway.http_connection import HttpLimits
+from gateway.http_server import ROUTE_FINDER, GatewayRunner
 from gateway.request_body import make_expect_handler, read_body
 from gateway.requests import error_answer, from_http_exception, request_id
 
@@ -102,10 +105,16 @@ class Server:
         return (await self.ask(b"GET /ok HTTP/1.1\r\nHost: x\r\n\r\n")).status == 200
 
     @property
+    def connections(self) -> list[Any]:
+        """The server's side of all connections."""
+        assert self.runner.server is not None
+        return list(self.runner.server.connections)
+
+    @property
     def connection(self) -> RequestHandler:
         """The server's side of the only connection."""
-        assert self.runner.server is not None
-        [connection] = self.runner.server.connections
+        [connection] = self.connections
+        assert isinstance(connection, RequestHandler)
         return connection
 
     def abort_clients(self) -> None:
@@ -183,7 +192,9 @@ async def serving(limits: HttpLimits | None = None, *, body_timeout_seconds: flo
     def find(request: web.Request) -> Any:
         if request.path != "/found":
             return None
-        return web.UrlMappingMatchInfo({"found": "yes"}, next(iter(app.router.routes()))), found
+        match = web.UrlMappingMatchInfo({"found": "yes"}, next(iter(app.router.routes())))
+        match.add_app(app)
+        return match, found
 
     async def found(request: web.Request) -> web.StreamResponse:
         return web.Response(text=request.match_info["found"])
@@ -305,7 +316,7 @@ def test_parser_refusal_is_our_document(data: bytes, status: int, code: str, cap
     with caplog.at_level(logging.DEBUG):
         run(scenario)
     assert not [record for record in caplog.records if record.exc_info]
-    assert [record.levelname for record in caplog.records if record.name == "gateway.http_server"] == ["INFO"]
+    assert [record.levelname for record in caplog.records if record.name == "gateway.http_connection"] == ["INFO"]
     assert "secret-key" not in caplog.text
 
 
@@ -560,8 +571,8 @@ def test_connections_past_the_limit_are_refused(caplog: pytest.LogCaptureFixture
 
 def test_refused_connection_that_stays_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that neither reads nor leaves is not kept; and only so many are refused politely."""
-    monkeypatch.setattr("gateway.http_server._TURNING_AWAY_SECONDS", 0.05)
-    monkeypatch.setattr("gateway.http_server._TURNING_AWAY_AT_ONCE", 1)
+    monkeypatch.setattr("gateway.http_connection._TURNING_AWAY_SECONDS", 0.05)
+    monkeypatch.setattr("gateway.http_connection._TURNING_AWAY_AT_ONCE", 1)
 
     async def scenario() -> None:
         async with serving(HttpLimits(connections=1)) as server:
@@ -971,5 +982,137 @@ def test_middleware_can_answer_as_the_server_does() -> None:
             assert answer.headers["connection"] == "close"
         finally:
             await runner.cleanup()
+
+    run(scenario)
+
+
+# -- The end -------------------------------------------------------------------------------------------
+
+
+def test_request_that_arrives_as_the_idle_time_ends_is_answered() -> None:
+    """What the kernel has by then counts as there in time, however busy the loop was."""
+
+    async def scenario() -> None:
+        async with serving(HttpLimits(keepalive_timeout_seconds=0.1)) as server:
+            client = await server.connect()
+            client.send(GET_OK)
+            assert (await client.answer()).status == 200
+            client.send(GET_OK)
+            # The loop is busy until the time is over; it reads the request after that.
+            time.sleep(0.15)  # noqa: ASYNC251 - that is the point
+            assert (await client.answer()).status == 200
+            assert await client.rest() == b""
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("path", ["/ok", "/whole", "/conflict", "/found", "/nowhere", "/huge"])
+def test_answers_end_their_connections_once_the_end_is_announced(path: str) -> None:
+    """Each says so, on connections that were there and on new ones, which are taken as before."""
+    request = f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+
+    async def scenario() -> None:
+        async with serving() as server:
+            idle = await server.connect()
+            idle.send(request)
+            assert "connection" not in (await idle.answer()).headers
+            server.runner.announce_end()
+            for client in (idle, await server.connect()):
+                client.send(request)
+                assert (await client.answer()).headers["connection"] == "close"
+                assert await client.rest() == b""
+
+    run(scenario)
+
+
+def test_requests_behind_each_other_are_all_answered_at_the_end() -> None:
+    """The last answer ends the connection, not one before it."""
+
+    async def scenario() -> None:
+        async with serving() as server:
+            client = await server.connect()
+            server.runner.announce_end()
+            client.send(GET_OK * 3)
+            answers = [await client.answer() for _ in range(3)]
+            assert [answer.headers.get("connection") for answer in answers] == [None, None, "close"]
+            assert await client.rest() == b""
+
+    run(scenario)
+
+
+def test_server_that_stops_listening_answers_what_is_there() -> None:
+    """Idle connections are closed; what is under way, has begun, or is the first of its connection, is answered."""
+    held = b"GET /held HTTP/1.1\r\nHost: x\r\n\r\n"
+
+    async def scenario() -> None:
+        async with serving() as server:
+            idle, busy, begun, fresh, sent = [await server.connect() for _ in range(5)]
+            for client in (idle, begun, sent):
+                client.send(GET_OK)
+                assert (await client.answer()).status == 200
+            busy.send(held)
+            await server.seen.started.wait()
+            begun.send(GET_OK[:10])
+            await until(lambda: sum(connection._head_begun for connection in server.connections) == 1)
+            await until(lambda: server.runner.open_connections == 5)
+            sent.send(GET_OK)
+            await server.runner.stop_listening()
+            assert await idle.rest() == b""
+            with pytest.raises(ConnectionRefusedError):
+                await server.connect()
+            assert not await server.runner.wait_for_answers(0.01)
+            begun.send(GET_OK[10:])
+            fresh.send(GET_OK)
+            server.seen.go_on.set()
+            for client in (busy, begun, fresh, sent):
+                answer = await client.answer()
+                assert (answer.status, answer.headers["connection"]) == (200, "close")
+                assert await client.rest() == b""
+            assert await server.runner.wait_for_answers(PATIENCE_SECONDS)
+
+    run(scenario)
+
+
+def test_connection_that_never_asks_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has a moment for its first request when the server stops listening."""
+    monkeypatch.setattr(http_connection, "_FIRST_REQUEST_SECONDS", 0.05)
+
+    async def scenario() -> None:
+        async with serving() as server:
+            client = await server.connect()
+            await until(lambda: server.runner.open_connections == 1)
+            await server.runner.stop_listening()
+            assert await server.runner.wait_for_answers(PATIENCE_SECONDS)
+            assert await client.rest() == b""
+
+    run(scenario)
+
+
+def test_nobody_fails_while_a_server_stops() -> None:
+    """Clients who go on asking on connections that they keep, until they are refused at the door, are all answered."""
+
+    async def go_on(server: Server) -> int:
+        answered = 0
+        while True:
+            try:
+                client = await server.connect()
+            except ConnectionRefusedError:
+                return answered
+            connection = None
+            while connection != "close":
+                client.send(GET_OK)
+                answer = await client.answer()
+                connection = answer.headers.get("connection")
+                answered += 1
+
+    async def scenario() -> None:
+        async with serving() as server:
+            clients = [asyncio.create_task(go_on(server)) for _ in range(20)]
+            await asyncio.sleep(0.1)
+            server.runner.announce_end()
+            await asyncio.sleep(0.05)
+            await server.runner.stop_listening()
+            assert await server.runner.wait_for_answers(PATIENCE_SECONDS)
+            assert min(await asyncio.gather(*clients)) > 1
 
     run(scenario)

@@ -4,6 +4,7 @@ import asyncio
 import sqlite3
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import apsw
 import msgspec
@@ -12,7 +13,7 @@ import pytest
 from runtime_service.errors import InvalidRequest, RequestIdReused, RunNotFound, RunServiceError, StoreUnavailable
 from runtime_service.runs import EventDraft, EventRole, LogLevel, Run, RunMode, RunStatus, now_ms
 from runtime_service.store.base import Cancel, Change, Deleted, Outcome, RunStore, TurnKey, TurnLost
-from runtime_service.store.sqlite_deletions import OldRuns
+from runtime_service.store.sqlite_deletions import OldRuns, old_runs
 from runtime_service.store.sqlite_rows import QUERIES
 from tests.stores import KINDS, SQLiteStores, Stores
 from tests.support import (
@@ -1159,7 +1160,7 @@ def test_sqlite_that_takes_no_writes_is_store_unavailable(
                 case "read-only":
                     writer.pragma("query_only", True)
                 case "commit":
-                    disk.refuse = 5
+                    disk.refuse = 10
                 case "locked":
                     monkeypatch.setattr("runtime_service.store.group_commit._BUSY_MS", 1)
             lock = write_lock(file.path) if failure == "locked" else None
@@ -1170,11 +1171,17 @@ def test_sqlite_that_takes_no_writes_is_store_unavailable(
                 assert isinstance(result, StoreUnavailable)
                 assert result.retry_after_seconds is not None
             assert await snapshot(store, run) == before
+            assert not store.is_available
+            if failure != "full":  # a file that holds no more may take a change that needs no more room
+                with pytest.raises(StoreUnavailable):
+                    await store.renew()
             if lock is not None:
                 lock.__exit__(None, None, None)
             writer.pragma("max_page_count", 1 << 30)
             writer.pragma("query_only", False)
             disk.refuse = 0
+            await store.renew()
+            assert store.is_available
             assert (await store.append_events(key_of(run), said("x" * 100_000))).events[0].sequence == 2
 
     run_async(main())
@@ -1182,12 +1189,13 @@ def test_sqlite_that_takes_no_writes_is_store_unavailable(
 
 def test_sqlite_read_that_fails_is_store_unavailable(file: SQLiteStores, monkeypatch: pytest.MonkeyPatch) -> None:
     """The message says that the store cannot be read, and no more."""
+    monkeypatch.setattr("runtime_service.store.sqlite._READERS", 1)
     disk = Disk(monkeypatch)
 
     async def main() -> None:
         async with file.open() as store:
             run = await running(store)
-            await asyncio.gather(*(store.get_run(ORGANIZATION, SERVER, run.id) for _ in range(8)))
+            await store.get_run(ORGANIZATION, SERVER, run.id)
             for connection in disk.connections:
                 if connection is not disk.writer:
                     connection.interrupt()
@@ -1366,6 +1374,13 @@ def test_sqlite_holds_more_writes_than_one_transaction_takes(file: SQLiteStores)
 def test_sqlite_deletes_runs_behind_many_that_stay(file: SQLiteStores, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that are old but in use are passed over a page at a time; those from a wrong clock hold up nothing."""
     monkeypatch.setattr("runtime_service.store.sqlite_deletions._PAGE_RUNS", 3)
+    pages: list[OldRuns] = []
+
+    def look(*where: Any, **what: Any) -> OldRuns:
+        pages.append(old_runs(*where, **what))
+        return pages[-1]
+
+    monkeypatch.setattr("runtime_service.store.sqlite_deletions.old_runs", look)
 
     async def main() -> None:
         async with file.open() as store:
@@ -1374,15 +1389,67 @@ def test_sqlite_deletes_runs_behind_many_that_stay(file: SQLiteStores, monkeypat
             old = await running(store)
             await store.finish_turn(key_of(old), [], COMPLETED)
             before_ms = await later(now_ms())
-            for _ in range(4):
+            for _ in range(40):
                 await running(store)
             assert await delete_all(store, before_ms, 1) == Deleted(1, 1, 1)
-            # From the first run again: one of those that were passed over is in use no more.
-            (change,) = await store.claim_turns(1)
-            await store.finish_turn(key_of(change.run), [], COMPLETED)
-            assert (await store.delete_runs(before_ms, 1)).runs == 0
-            assert await delete_all(store, await later(now_ms()), 1) == Deleted(1, 1, 1)
-            assert await store.count_queued() == 9
+            # Its run, its event, its turn, nothing: each looks no further than a page of young ones.
+            assert [page.last_key for page in pages] == [3, 6, 9, 11, 14, 17, 20]
+            for _ in range(2):
+                # From the first run again: one of those that were passed over is in use no more.
+                (change,) = await store.claim_turns(1)
+                await store.finish_turn(key_of(change.run), [], COMPLETED)
+                assert (await delete_all(store, 1 << 49, 1)).runs == 1
+            assert await store.count_queued() == 8
+
+    run_async(main())
+
+
+def test_sqlite_run_that_is_deleted_while_it_is_read_is_not_found(
+    file: SQLiteStores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read finds its key first; what has gone by then is as what never was."""
+
+    async def main() -> None:
+        async with file.open() as store:
+            run = await running(store)
+            monkeypatch.setattr("runtime_service.store.sqlite_rows.run_key", lambda *_: 2)
+            with pytest.raises(RunNotFound):
+                await store.get_run(ORGANIZATION, SERVER, run.id)
+
+    run_async(main())
+
+
+def test_sqlite_looks_from_the_first_run_again_for_another_time(file: SQLiteStores) -> None:
+    """What was passed over as too young may be old by the later one."""
+
+    async def main() -> None:
+        async with file.open() as store:
+            runs = [await running(store) for _ in range(3)]
+            await store.finish_turn(key_of(runs[1]), [], COMPLETED)
+            await store.finish_turn(key_of(runs[2]), [], COMPLETED)
+            before_ms = await later(now_ms())
+            await store.finish_turn(key_of(runs[0]), [], COMPLETED)
+            assert (await store.delete_runs(before_ms, 3)).runs == 1
+            assert await delete_all(store, await later(now_ms())) == Deleted(2, 2, 2)
+
+    run_async(main())
+
+
+def test_sqlite_recovers_once_what_an_earlier_process_left(file: SQLiteStores) -> None:
+    """Until then whoever has its key may write to it; what this process has claimed since is its own."""
+
+    async def main() -> None:
+        async with file.open() as store:
+            lost, released = [await running(store) for _ in range(2)]
+        async with file.open() as store:
+            await store.append_events(key_of(lost), said("one"))
+            await store.release_turn(key_of(released), [])
+            (mine,) = await store.claim_turns(1)
+            (change,) = await store.recover(3, always)
+            assert change.run.id == lost.id
+            with pytest.raises(TurnLost):
+                await store.append_events(key_of(lost), said("two"))
+            await store.append_events(key_of(mine.run), said("goes on"))
 
     run_async(main())
 

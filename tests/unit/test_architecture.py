@@ -12,37 +12,45 @@ ROOT = Path(__file__).parents[2]
 # What stands on a line may import what stands on the lines above it, and a package may import itself.
 LAYERS = [
     ["runs", "errors"],
-    ["agents", "store", "validation"],
-    ["registry", "event_log", "agent_events", "retention"],
+    ["agents", "store"],
+    ["registry", "live_run", "agent_events", "retention", "validation"],
+    ["event_log"],
     ["speech"],
     ["execution"],
     ["executor"],
     ["convert", "rpc_errors"],
+    ["peers"],
     ["operations"],
     ["session"],
     ["config", "service"],
     ["server"],
     ["__main__"],
 ]
-KNOW_GRPC = {"convert", "operations", "rpc_errors", "server", "service", "session"}
+KNOW_GRPC = {"convert", "operations", "peers", "rpc_errors", "server", "service", "session"}
 GRPC = {"grpc", "grpc_health", "grpc_reflection", "google", "protos"}
 DRIVERS = {"apsw", "asyncpg", "sqlite3"}
 
 # Modules of the gateway that could serve another HTTP library as they are.
 KNOW_NO_AIOHTTP = {
+    "addresses",
     "auth",
     "bodies",
+    "call",
+    "channel",
     "codec",
     "config",
     "errors",
+    "health",
+    "idempotency",
     "metrics",
     "preferences",
+    "replicas",
     "run_client",
     "schema",
     "session",
 }
-GATEWAY_KNOW_GRPC = {"errors", "run_client", "session"}
-GATEWAY_KNOW_PROTOS = {"codec", "handlers", "run_client", "session", "streaming"}
+GATEWAY_KNOW_GRPC = {"channel", "errors", "health", "replicas", "session"}
+GATEWAY_KNOW_PROTOS = {"call", "channel", "codec", "handlers", "replicas", "run_client", "session", "streaming"}
 
 
 def modules_of(package: str) -> dict[str, Path]:
@@ -150,7 +158,7 @@ def test_agents_and_stores_know_the_domain_only() -> None:
 def test_only_the_composition_names_a_kind_of_store() -> None:
     """Everybody else knows the promises in `store.base`."""
     for module, path in RUNTIME.items():
-        if room_of(module) not in ("store", "server"):
+        if room_of(module) not in ("store", "server", "__main__"):
             stores = {name for name in imports_of(path) if name.startswith("runtime_service.store")}
             assert all(name.startswith("runtime_service.store.base") for name in stores), module
 
@@ -167,7 +175,7 @@ def test_only_the_registry_names_kinds_of_agents() -> None:
 
 @pytest.mark.parametrize("module", GATEWAY)
 def test_gateway_knows_http_and_grpc_in_few_places(module: str) -> None:
-    """The pure modules know no aiohttp; only the client of the RunService uses its stub."""
+    """The pure modules know no aiohttp; only the channel uses stubs."""
     imported = imports_of(GATEWAY[module])
     name = module.rpartition(".")[2]
     if name in KNOW_NO_AIOHTTP:
@@ -176,7 +184,7 @@ def test_gateway_knows_http_and_grpc_in_few_places(module: str) -> None:
         assert not roots(imported) & {"grpc", "grpc_health", "google"}
     if name not in GATEWAY_KNOW_PROTOS:
         assert "protos" not in roots(imported)
-    if name != "run_client":
+    if name != "channel":
         assert not any("_pb2_grpc" in each for each in imported)
 
 

@@ -6,7 +6,7 @@ import pytest
 from protos.acp.runs.v1 import run_pb2 as pb
 from protos.acp.runs.v1 import run_service_pb2 as rpc
 from runtime_service.convert import add_events, fill_run, fill_thread, fill_update, run_mode, run_status
-from runtime_service.event_log import Delta, Update
+from runtime_service.live_run import Delta, Update
 from runtime_service.runs import EventRole, LogLevel, Run, RunEvent, RunMode, RunStatus, Turn
 
 TURN = Turn(

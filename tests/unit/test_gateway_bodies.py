@@ -40,12 +40,13 @@ def refused_fields(body: bytes, decode: Callable[[bytes], object] = decode_start
 def test_start_reads_every_field() -> None:
     """All fields of the contract come out, the metadata as the text it was."""
     body = b' {"content":"c", "title":"t","mode":"async" , "metadata" : { "b": 1,  "a":null } }\n'
-    assert decode_start(body) == StartBody("c", "t", "async", b'{ "b": 1,  "a":null }')
+    assert decode_start(body) == StartBody("c", "t", "async", b'{ "b": 1,  "a":null }', "c", None)
 
 
 def test_continue_reads_every_field_but_title() -> None:
     """A continue is a start without a title."""
-    assert decode_continue(b'{"prompt":"p","mode":"sync","metadata":{}}') == ContinueBody("p", "sync", b"{}")
+    expected = ContinueBody("p", "sync", b"{}", None, "p")
+    assert decode_continue(b'{"prompt":"p","mode":"sync","metadata":{}}') == expected
     assert refused_fields(b'{"prompt":"p","title":"t"}', decode_continue) == {"title": "is not a field of this request"}
 
 
@@ -76,7 +77,7 @@ def test_input_without_text_is_refused(body: bytes) -> None:
 def test_null_is_absent() -> None:
     """JSON null stands for a field that is not there."""
     body = b'{"content":"c","prompt":null,"title":null,"mode":null,"metadata":null}'
-    assert decode_start(body) == StartBody("c", None, None, None)
+    assert decode_start(body) == StartBody("c", None, None, None, "c", None)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +285,7 @@ def test_any_valid_start_comes_through(
     except UnicodeEncodeError:
         return  # hypothesis may draw a lone surrogate, which has tests of its own
     body = json.dumps({"content": content}).encode()[:-1] + b',"metadata":' + encoded + b"}"
-    assert decode_start(body) == StartBody(content, None, None, encoded)
+    assert decode_start(body) == StartBody(content, None, None, encoded, content, None)
 
 
 fragments = st.sampled_from(

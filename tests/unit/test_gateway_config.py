@@ -30,7 +30,22 @@ def test_defaults_are_those_of_the_contract() -> None:
         ({"host": "0.0.0.0"}, "ACP_HOST"),
         ({"host": "::"}, "ACP_HOST"),
         ({"host": "example.org"}, "ACP_HOST"),
-        ({"grpc_target": ""}, "ACP_GRPC_TARGET"),
+        *(
+            ({"grpc_target": target}, "ACP_GRPC_TARGET")
+            for target in (
+                "",
+                "host",
+                "host:",
+                ":1",
+                "host:x",
+                "host:65536",
+                "a:1,",
+                "a:1,b",
+                "::1:1",
+                "[::1]",
+                "a b:1",
+            )
+        ),
         ({"service_token": ""}, "ACP_SERVICE_TOKEN"),
         ({"service_token": "tökèn"}, "ACP_SERVICE_TOKEN"),
         ({"service_token": "a\nb"}, "ACP_SERVICE_TOKEN"),
@@ -50,8 +65,11 @@ def test_defaults_are_those_of_the_contract() -> None:
             )
             for value in (0, -1, float("nan"), float("inf"))
         ),
-        ({"drain_seconds": -1}, "ACP_DRAIN_SECONDS"),
-        ({"drain_seconds": float("nan")}, "ACP_DRAIN_SECONDS"),
+        *(
+            ({name: value}, f"ACP_{name.upper()}")
+            for name in ("drain_delay_seconds", "drain_seconds")
+            for value in (-1, float("nan"), float("inf"))
+        ),
     ],
 )
 def test_setting_that_cannot_be_is_named(settings: dict[str, Any], name: str) -> None:
@@ -68,6 +86,7 @@ def test_setting_that_cannot_be_is_named(settings: dict[str, Any], name: str) ->
         {"host": "localhost"},
         {"host": "127.8.9.10"},
         {"port": 0},
+        {"grpc_target": "a.example:50051,b.example:50052, 10.0.0.1:1,[::1]:2"},
         {"api_key": None, "keys_file": Path("keys.json")},
         {"drain_seconds": 0},
     ],

@@ -47,7 +47,7 @@ CREATE TABLE acp.turns (
 );
 
 CREATE INDEX turns_queued ON acp.turns (ready, created_at_ms, run_key) WHERE status = 'queued';
-CREATE INDEX turns_running ON acp.turns (holder) WHERE status = 'running';
+CREATE INDEX turns_running ON acp.turns (run_key) WHERE status = 'running';
 -- Completed turns are nearly all: the others are few, and found without them.
 CREATE INDEX turns_not_completed ON acp.turns (organization, server_id, status, run_key) WHERE status <> 'completed';
 
@@ -93,7 +93,7 @@ CREATE TABLE acp.deleted_runs (
     run_key          bigint PRIMARY KEY
 );
 
--- A run as it shows one of its turns; the address is that of the replica which executes that.
+-- A run as it shows one of its turns; holder and address are those of the replica that executes one of them.
 CREATE VIEW acp.shown_runs AS
 SELECT runs.run_key, runs.id, runs.organization, runs.server_id, runs.title, runs.thread_metadata,
        runs.created_at_ms, runs.updated_at_ms, runs.message_count, runs.last_sequence, runs.last_turn,
@@ -101,5 +101,9 @@ SELECT runs.run_key, runs.id, runs.organization, runs.server_id, runs.title, run
        turns.run_key AS turn_run_key, turns.number, turns.organization AS turn_organization, turns.server_id AS turn_server_id,
        turns.status, turns.mode, turns.input, turns.first_sequence, turns.created_at_ms AS turn_created_at_ms,
        turns.output, turns.error, turns.error_code, turns.metadata, turns.completed_at_ms, turns.attempt, turns.epoch,
-       turns.ready, turns.holder, replicas.address
-FROM acp.runs JOIN acp.turns ON turns.run_key = runs.run_key LEFT JOIN acp.replicas ON replicas.id = turns.holder;
+       turns.ready, held.holder, held.address
+FROM acp.runs JOIN acp.turns ON turns.run_key = runs.run_key LEFT JOIN LATERAL (
+    SELECT running.holder, replicas.address
+    FROM acp.turns AS running LEFT JOIN acp.replicas ON replicas.id = running.holder
+    WHERE running.run_key = runs.run_key AND running.status = 'running'
+) AS held ON true;
