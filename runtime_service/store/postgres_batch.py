@@ -47,6 +47,7 @@ class _StartRow(msgspec.Struct):
     run: Run
     log: list[EventDraft]
     request: str | None
+    draft: str | None
 
 
 class _TurnRow(msgspec.Struct, omit_defaults=True):
@@ -146,16 +147,19 @@ class _Row:
         self.log += events
         self.messages += messages
 
-    @property
-    def end(self) -> Run:
-        """The run as the steps leave it, where it is new."""
-        return replace(
+    def beginning(self, n: int) -> _StartRow:
+        """The row of a run that is new, as the steps leave it."""
+        assert self.start is not None
+        run = replace(
             self.run,
             last_sequence=len(self.log),
             message_count=self.messages,
             updated_at_ms=self._at or self.run.updated_at_ms,
             turn=self.turn,
         )
+        known_by = self.start.new.request
+        draft = self._draft if self.turn.status is _RUNNING else None
+        return _StartRow(n, run, self.log, known_by and known_by.id, draft)
 
     def extension(self, n: int) -> _TurnRow:
         """The row of a turn that is there."""
@@ -259,9 +263,9 @@ class Batch:
                 document.turns.append(row.extension(len(document.turns)))
                 continue
             n = len(document.starts)
-            document.starts.append(_StartRow(n, row.end, row.log, start.request and start.request[1]))
-            if (known_by := start.new.request) is not None:
-                new = start.new
+            document.starts.append(row.beginning(n))
+            new = start.new
+            if (known_by := new.request) is not None:
                 document.requests.append(
                     _RequestRow(new.organization, known_by.id, known_by.fingerprint, new.created_at_ms, n)
                 )

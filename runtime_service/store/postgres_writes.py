@@ -191,7 +191,7 @@ def continue_run(new: NewTurn, *, claim: bool) -> Other[Change]:
     """Open the next turn of a run."""
     arguments = {
         "write": "continue_run",
-        "id": new.run_id,
+        "id": _findable(new.run_id),
         "organization": new.organization,
         "server_id": new.server_id,
         "claim": claim,
@@ -228,7 +228,7 @@ def cancel_run(cancel: Cancel, events: Sequence[EventDraft], output: str | None)
     """Settle every open turn of a run as cancelled."""
     arguments = {
         "write": "cancel_run",
-        "id": cancel.run_id,
+        "id": _findable(cancel.run_id),
         "organization": cancel.organization,
         "server_id": cancel.server_id,
         "at": now_ms(),
@@ -303,6 +303,11 @@ def _orphan(run: Run, log: list[EventDraft]) -> dict[str, Any]:
         "log": log,
         "incomplete": incomplete_event(""),
     }
+
+
+def _findable(run_id: str) -> str:
+    """Return a caller's name of a run as the database can look for it: no run has a NUL in its name."""
+    return run_id.replace("\0", "?")
 
 
 def _known_by(asked: NewTurn | Cancel) -> tuple[str, Request] | None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from runtime_service.errors import StoreUnavailable
 from runtime_service.runs import EventDraft, EventRole, RunMode, RunStatus, new_run_id
-from runtime_service.store.base import Cancel, Change, NewRun, NewTurn, Outcome, TurnKey, TurnLost
+from runtime_service.store.base import Cancel, Change, NewRun, NewTurn, Outcome, RunStore, TurnKey, TurnLost
 from runtime_service.store.sqlite import SQLiteStore
 from tests.support import ORGANIZATION, SERVER, Disk, contents, key_of, log_of, new_run, run_async, said
 
@@ -33,7 +33,7 @@ WRITES = st.lists(
 )
 
 
-def ask(store: SQLiteStore, ids: list[str], write: tuple[str, int, int, int]) -> Awaitable[Any]:
+def ask(store: RunStore, ids: list[str], write: tuple[str, int, int, int]) -> Awaitable[Any]:
     """Ask for one of `WRITES`."""
     how, run, turn, epoch = write
     key = TurnKey(ids[run], turn, epoch)

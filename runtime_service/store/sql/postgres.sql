@@ -27,20 +27,29 @@ WHERE id = $1 AND organization = $2 AND server_id = $3 AND number = coalesce($4,
 -- name: run_key
 SELECT run_key FROM acp.runs WHERE id = $1 AND organization = $2 AND server_id = $3
 
+-- name: latest_turns
+-- Of all runs, or of those of which the latest turn has the status {status}: for nearly all.
+SELECT run_key, last_turn AS number FROM acp.runs
+WHERE organization = $1 AND server_id = $2 AND run_key < $3 {status} ORDER BY run_key DESC LIMIT $4 + 1
+
+-- name: latest_turns_not_completed
+-- {status} is a literal: only then can the partial index serve. There are never many.
+SELECT run_key, number FROM acp.turns JOIN acp.runs USING (run_key)
+WHERE turns.organization = $1 AND turns.server_id = $2 AND turns.status = '{status}' AND turns.run_key < $3
+  AND number = last_turn
+ORDER BY turns.run_key DESC LIMIT $4 + 1
+
 -- name: list_runs
--- {status} is a condition, written out: only then can a partial index serve.
 SELECT * FROM (
-    SELECT newest.*, row_number() OVER by_age AS place, count(*) OVER () AS found, sum(
+    SELECT shown.*, row_number() OVER by_age AS place, count(*) OVER () AS found, sum(
         octet_length(input) + coalesce(octet_length(output), 0) + coalesce(octet_length(error), 0)
         + coalesce(octet_length(metadata), 0) + coalesce(octet_length(thread_metadata), 0)
         + 2 * coalesce(octet_length(title), 0)
     ) OVER by_age AS size
-    FROM (
-        SELECT * FROM acp.shown_runs
-        WHERE {status} organization = $1 AND server_id = $2 AND run_key < $3 AND number = last_turn
-        ORDER BY run_key DESC LIMIT $4 + 1
-    ) AS newest
-    WINDOW by_age AS (ORDER BY run_key DESC)
+    FROM ({latest_turns}) AS latest CROSS JOIN LATERAL (
+        SELECT * FROM acp.shown_runs WHERE run_key = latest.run_key AND number = latest.number OFFSET 0
+    ) AS shown
+    WINDOW by_age AS (ORDER BY shown.run_key DESC)
 ) AS sized WHERE place <= $4 AND (size <= $5 OR place = 1) ORDER BY place
 
 -- name: read_events

@@ -3,7 +3,7 @@
 --
 --   requests  those that make themselves known: organization, id, fingerprint, created_at_ms, and of a start its `n`
 --   lock      ids of the runs that are written to
---   starts    new runs as they are at the end of the batch: n, run, log
+--   starts    new runs as they are at the end of the batch: n, run, log, request (its id), draft
 --   turns     extensions of running turns: n, id, number, epoch, at, messages, log, outcome, redraft, draft
 --   others    the rest, in order; `write` says what each is
 --
@@ -91,11 +91,11 @@ BEGIN
     GET DIAGNOSTICS inserted = ROW_COUNT;
 
     INSERT INTO acp.turns (run_key, number, organization, server_id, status, mode, input, first_sequence, created_at_ms,
-                           output, error, error_code, metadata, completed_at_ms, attempt, epoch, ready, holder)
+                           output, error, error_code, metadata, completed_at_ms, attempt, epoch, ready, draft, holder)
     SELECT r.run_key, t.number, r.organization, r.server_id, t.status, t.mode, t.input, t.first_sequence,
            t.created_at_ms, t.output, t.error, t.error_code, convert_from(decode(t.metadata, 'base64'), 'UTF8'),
-           t.completed_at_ms, t.attempt, t.epoch, t.ready, CASE WHEN t.status = 'running' THEN p_replica END
-    FROM jsonb_to_recordset(p_starts) AS s (n integer, run jsonb),
+           t.completed_at_ms, t.attempt, t.epoch, t.ready, s.draft, CASE WHEN t.status = 'running' THEN p_replica END
+    FROM jsonb_to_recordset(p_starts) AS s (n integer, run jsonb, draft text),
          LATERAL (SELECT * FROM acp.runs x WHERE x.run_key = p_keys[s.n + 1] OFFSET 0) AS r,
          jsonb_to_record(s.run->'turn') AS t (
              number integer, status text, mode text, input text, first_sequence bigint, created_at_ms bigint,
@@ -493,13 +493,9 @@ CREATE FUNCTION acp.shown(p_done jsonb) RETURNS jsonb LANGUAGE sql VOLATILE AS $
     ), '[]'))
 $$;
 
--- Show what a batch did, from what is kept of it.
-CREATE FUNCTION acp.shown_result(p_result jsonb) RETURNS jsonb LANGUAGE sql VOLATILE AS $$
-    SELECT p_result || jsonb_build_object(
-        'starts', (SELECT coalesce(jsonb_agg(acp.shown(d.done)), '[]')
-                   FROM jsonb_array_elements(p_result->'starts') AS d (done)),
-        'others', (SELECT coalesce(jsonb_agg(acp.shown(d.done) ORDER BY d.place), '[]')
-                   FROM jsonb_array_elements(p_result->'others') WITH ORDINALITY AS d (done, place)))
+CREATE FUNCTION acp.all_shown(p_done jsonb) RETURNS jsonb LANGUAGE sql VOLATILE AS $$
+    SELECT (SELECT coalesce(jsonb_agg(acp.shown(d.done) ORDER BY d.place), '[]')
+            FROM jsonb_array_elements(p_done) WITH ORDINALITY AS d (done, place))
 $$;
 
 -- Do the writes that stand alone, in order; one whose request is known does nothing. Returns what each did, and the
@@ -565,7 +561,8 @@ DECLARE
     starts jsonb := '[]';
     extended jsonb := '[]';
     others jsonb := '[]';
-    shown jsonb := '[]';
+    shown_starts jsonb := '[]';
+    shown_others jsonb := '[]';
     waits boolean := false;
     result jsonb;
 BEGIN
@@ -575,7 +572,9 @@ BEGIN
         RETURN '{"lost": true}';
     END IF;
     IF replica.last_batch = p_batch THEN
-        RETURN acp.shown_result(replica.last_result);
+        RETURN replica.last_result || jsonb_build_object(
+            'starts', acp.all_shown(replica.last_result->'starts'),
+            'others', acp.all_shown(replica.last_result->'others'));
     ELSIF replica.last_batch > p_batch THEN
         RETURN NULL;  -- held up on a connection that was given up long ago
     END IF;
@@ -602,6 +601,7 @@ BEGIN
     END IF;
     IF p_asked ? 'starts' THEN
         starts := acp.start_runs(p_replica, p_asked->'starts', keys, p_asked->'requests');
+        shown_starts := acp.all_shown(starts);
         waits := jsonb_path_exists(p_asked, '$.starts[*].run.turn.status ? (@ == "queued")');
     END IF;
     IF p_asked ? 'turns' THEN
@@ -609,7 +609,8 @@ BEGIN
         FROM acp.extend_turns(p_replica, p_asked->'turns') AS e;
     END IF;
     IF p_asked ? 'others' THEN
-        SELECT o.results, o.shown INTO others, shown FROM acp.write_others(p_replica, p_asked->'others') AS o;
+        SELECT o.results, o.shown INTO others, shown_others
+        FROM acp.write_others(p_replica, p_asked->'others') AS o;
         waits := waits OR jsonb_path_exists(others, '$[*].waits ? (@ == true)');
     END IF;
     IF waits OR others <> '[]' THEN
@@ -618,6 +619,6 @@ BEGIN
     result := jsonb_build_object('starts', starts, 'turns', extended, 'others', others);
     UPDATE acp.replicas r SET lease_until = clock_timestamp() + r.lease, last_batch = p_batch, last_result = result
     WHERE r.id = p_replica;
-    RETURN acp.shown_result(result - 'others') || jsonb_build_object('others', shown);
+    RETURN result || jsonb_build_object('starts', shown_starts, 'others', shown_others);
 END
 $$;
