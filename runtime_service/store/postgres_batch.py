@@ -159,7 +159,7 @@ class _Row:
         )
         known_by = self.start.new.request
         draft = self._draft if self.turn.status is _RUNNING else None
-        return _StartRow(n, run, self.log, known_by and known_by.id, draft)
+        return _StartRow(n, run, self.log, None if known_by is None else known_by.id, draft)
 
     def extension(self, n: int) -> _TurnRow:
         """The row of a turn that is there."""

@@ -56,8 +56,9 @@ class Database:
         self._settings: dict[str, Any] = {
             "timeout": _CONNECT_SECONDS,
             "command_timeout": _STATEMENT_SECONDS,
-            "server_settings": {"application_name": "acp-runtime"},
         }
+        if "application_name" not in dict(parameters):
+            self._settings["server_settings"] = {"application_name": "acp-runtime"}
         if self.is_pooled:
             self._settings["statement_cache_size"] = 0
 

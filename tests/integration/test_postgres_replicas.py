@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from runtime_service.errors import StoreUnavailable
 from runtime_service.runs import Run, RunStatus
 from runtime_service.store import postgres_listener
 from runtime_service.store.base import Change, Outcome, TurnLost
@@ -474,5 +475,32 @@ def test_lost_notifications_are_made_up_for(stores: PostgresStores, monkeypatch:
             await eventually(lambda: other._others.is_deaf)
             await one.start_run(new_run(), claim=False)
             await eventually(lambda: heard.waits > waits)
+
+    run_async(main())
+
+
+def test_stores_behind_a_pooler_poll(stores: PostgresStores, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is told in the URL that connections are shared asks in transactions, and for news instead of listening."""
+    monkeypatch.setattr(postgres_listener, "_DEAF_POLL_SECONDS", 0.02)
+
+    async def main() -> None:
+        url = stores.url + "?pooler=transaction&application_name=behind"
+        one = await PostgresStore.open(url, address=ADDRESSES[0])
+        other = await PostgresStore.open(url, address=ADDRESSES[1])
+        heard = Heard(other)
+        run = await running(one)
+        assert stores.execute("SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'LISTEN%'") == "0"
+        assert stores.execute("SELECT count(*) > 0 FROM pg_stat_activity WHERE application_name = 'behind'") == "t"
+        with pytest.raises(TurnLost):
+            await other.append_events(key_of(run), said("x"))
+        with pytest.raises(StoreUnavailable):
+            await one.continue_run(next_turn(run, "\0"), claim=True)
+        await one.release_turn(key_of(run), said("a"))
+        await eventually(lambda: heard.waits > 0 and heard.polls > 0)
+        (claimed,) = await other.claim_turns(1)
+        await other.finish_turn(key_of(claimed.run), said("b"), COMPLETED)
+        assert contents(await log_of(one, run.id)) == ["hello", "a", "b"]
+        for store in (one, other):
+            await store.close()
 
     run_async(main())

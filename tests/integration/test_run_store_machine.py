@@ -382,4 +382,4 @@ SETTINGS = settings(
 TestRunStoreMachine = RunStoreMachine.TestCase
 TestRunStoreMachine.settings = SETTINGS
 TestPostgresMachine = PostgresMachine.TestCase
-TestPostgresMachine.settings = SETTINGS
+TestPostgresMachine.settings = settings(SETTINGS, max_examples=15)  # each step asks a server many times
