@@ -122,6 +122,8 @@ class Extend(Asked[Change]):
         self.outcome = outcome
         self.rows = 1 + len(events)
         self.characters = sum([len(event.content) for event in events])
+        if outcome is not None:
+            self.characters += len(outcome.output or "")
 
     def lose(self) -> None:
         """Tell that the turn is not the writer's any more."""

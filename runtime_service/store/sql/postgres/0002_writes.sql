@@ -40,12 +40,14 @@ BEGIN
         updated_at_ms = p_at,
         status = (SELECT t.status FROM acp.turns t WHERE t.run_key = p_run_key AND t.number = runs.last_turn)
     WHERE run_key = p_run_key RETURNING last_sequence INTO last;
-    INSERT INTO acp.events (run_key, sequence, turn, role, content, created_at_ms, log_type, log_level, metadata)
-    SELECT p_run_key, last - added + place, p_number, role, content, created_at_ms, log_type, log_level,
-           convert_from(decode(metadata, 'base64'), 'UTF8')
-    FROM ROWS FROM (jsonb_to_recordset(p_log) AS (
-        role text, content text, created_at_ms bigint, log_type text, log_level text, metadata text
-    )) WITH ORDINALITY AS e (role, content, created_at_ms, log_type, log_level, metadata, place);
+    IF added > 0 THEN
+        INSERT INTO acp.events (run_key, sequence, turn, role, content, created_at_ms, log_type, log_level, metadata)
+        SELECT p_run_key, last - added + place, p_number, role, content, created_at_ms, log_type, log_level,
+               convert_from(decode(metadata, 'base64'), 'UTF8')
+        FROM ROWS FROM (jsonb_to_recordset(p_log) AS (
+            role text, content text, created_at_ms bigint, log_type text, log_level text, metadata text
+        )) WITH ORDINALITY AS e (role, content, created_at_ms, log_type, log_level, metadata, place);
+    END IF;
     RETURN jsonb_build_array(p_run_key, p_number, last - added + 1, last);
 END
 $$;
@@ -278,28 +280,45 @@ $$;
 -- when it began: each is looked at once more while its run is held.
 CREATE FUNCTION acp.claim_turns(p_replica text, p jsonb) RETURNS jsonb LANGUAGE plpgsql SET enable_sort = off AS $$
 DECLARE
-    next record;
-    turn acp.turns;
-    changes jsonb := '[]';
-    log jsonb;
+    keys bigint[];
+    numbers integer[];
+    changes jsonb;
 BEGIN
-    FOR next IN
+    SELECT array_agg(f.run_key), array_agg(f.number) INTO keys, numbers FROM (
         SELECT t.run_key, t.number FROM acp.turns t JOIN acp.runs r ON r.run_key = t.run_key
         WHERE t.status = 'queued' AND t.ready ORDER BY t.created_at_ms, t.run_key LIMIT (p->>'limit')::integer
         FOR UPDATE OF r SKIP LOCKED
-    LOOP
-        SELECT * INTO turn FROM acp.turns t WHERE t.run_key = next.run_key AND t.number = next.number;
-        CONTINUE WHEN turn.status <> 'queued';
-        UPDATE acp.turns t SET status = 'running', attempt = t.attempt + 1, epoch = t.epoch + 1, holder = p_replica
-        WHERE t.run_key = next.run_key AND t.number = next.number;
-        log := '[]';
-        IF turn.attempt > 0 THEN
-            log := jsonb_build_array(p->'again' || jsonb_build_object(
-                'content', replace(p->'again'->>'content', '{attempt}', (turn.attempt + 1)::text)));
-        END IF;
-        changes := changes || jsonb_build_array(acp.write_behind(next.run_key, next.number, log, (p->>'at')::bigint));
-    END LOOP;
-    RETURN jsonb_build_object('changes', changes);
+    ) AS f;
+    WITH found AS MATERIALIZED (
+        SELECT k.run_key, k.number, k.place, t.attempt + 1 AS attempt, (t.attempt > 0)::integer AS added
+        FROM unnest(keys, numbers) WITH ORDINALITY AS k (run_key, number, place)
+        CROSS JOIN LATERAL (
+            SELECT x.status, x.attempt FROM acp.turns x WHERE x.run_key = k.run_key AND x.number = k.number OFFSET 0
+        ) AS t
+        WHERE t.status = 'queued'
+    ), turns AS (
+        UPDATE acp.turns t SET status = 'running', attempt = f.attempt, epoch = t.epoch + 1, holder = p_replica
+        FROM found f WHERE t.run_key = f.run_key AND t.number = f.number
+    ), runs AS (
+        UPDATE acp.runs r SET
+            updated_at_ms = (p->>'at')::bigint,
+            last_sequence = r.last_sequence + f.added,
+            status = CASE WHEN f.number = r.last_turn THEN 'running' ELSE r.status END
+        FROM found f WHERE r.run_key = f.run_key
+        RETURNING f.*, r.last_sequence
+    ), events AS (
+        INSERT INTO acp.events (run_key, sequence, turn, role, content, created_at_ms, log_type, log_level)
+        SELECT r.run_key, r.last_sequence, r.number, e.role, replace(e.content, '{attempt}', r.attempt::text),
+               e.created_at_ms, e.log_type, e.log_level
+        FROM runs r, jsonb_to_record(p->'again') AS e (
+            role text, content text, created_at_ms bigint, log_type text, log_level text
+        )
+        WHERE r.added > 0
+    )
+    SELECT jsonb_agg(jsonb_build_array(
+        r.run_key, r.number, r.last_sequence - r.added + 1, r.last_sequence) ORDER BY r.place)
+    INTO changes FROM runs r;
+    RETURN jsonb_build_object('changes', coalesce(changes, '[]'));
 END
 $$;
 
