@@ -23,13 +23,15 @@ from runtime_service.store.base import (
     StoreListener,
     TurnKey,
 )
+from runtime_service.store.columns import ROLES
 from runtime_service.store.postgres_connection import FAILURES, QUERIES, Database, close_connection, is_refusal
 from runtime_service.store.postgres_listener import PostgresListener
-from runtime_service.store.postgres_rows import LIST_RUNS, ROLES, event_from_row, run_from_row
+from runtime_service.store.postgres_rows import LIST_RUNS, event_from_row, run_from_row
 from runtime_service.store.postgres_schema import check_schema
 from runtime_service.store.postgres_writer import BatchWriter
 
-_ACQUIRE_SECONDS = 5.0
+_ACQUIRE_SECONDS = 5.0  # that a read waits for its turn, and for a connection
+_AWAY_SECONDS = 1.0  # where the database is known to be away
 _MAX_KEY = 2**63 - 1
 
 
@@ -222,9 +224,10 @@ class PostgresStore:
         """Return rows, over another connection where the first one was broken. Raises StoreUnavailable."""
         if self._pool is None:
             raise StoreUnavailable("The store is closed.")
+        patience_seconds = _ACQUIRE_SECONDS if self.is_available else _AWAY_SECONDS
         for is_last in (False, True):
             try:
-                async with self._pool.acquire(timeout=_ACQUIRE_SECONDS) as connection:
+                async with self._pool.acquire(timeout=patience_seconds) as connection:
                     return await self._database.fetch(connection, query, *arguments)
             except asyncpg.CharacterNotInRepertoireError:
                 return []  # asked for by a name that no row can have

@@ -72,7 +72,7 @@ class _RequestRow(msgspec.Struct, omit_defaults=True):
 
 
 class _Document(msgspec.Struct, omit_defaults=True):
-    """What `acp.apply` is asked; see 0002_writes.sql."""
+    """What `acp.apply` is asked; see 0002_turns.sql."""
 
     requests: list[_RequestRow] = []
     lock: list[str] = []

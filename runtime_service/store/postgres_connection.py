@@ -1,18 +1,14 @@
 """Connections to PostgreSQL: where the server is, how it is asked, and what its errors mean. Knows no runs."""
 
-import re
-from importlib import resources
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 import asyncpg
 
 from runtime_service.errors import StoreUnavailable
+from runtime_service.store.columns import named_queries
 
-SQL = resources.files("runtime_service.store") / "sql"
-QUERIES: dict[str, str] = dict(
-    re.findall(r"^-- name: (\w+)\n(.*?)(?=^-- name: |\Z)", (SQL / "postgres.sql").read_text(), re.M | re.S)
-)
+QUERIES = named_queries("postgres.sql")
 
 FAILURES = (
     OSError,

@@ -3,13 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from runtime_service.runs import EventRole, LogLevel, Run, RunEvent, RunMode, RunStatus, Turn
+from runtime_service.runs import Run, RunEvent, RunStatus, Turn
+from runtime_service.store.columns import LEVELS, MODES, ROLES, STATUSES
 from runtime_service.store.postgres_connection import QUERIES
-
-ROLES: dict[str, EventRole] = {role.value: role for role in EventRole}
-_LEVELS: dict[str | None, LogLevel | None] = {None: None} | {level.value: level for level in LogLevel}
-_STATUSES: dict[str, RunStatus] = {status.value: status for status in RunStatus}
-_MODES: dict[str, RunMode] = {mode.value: mode for mode in RunMode}
 
 
 def _listing(status: RunStatus | None) -> str:
@@ -30,8 +26,8 @@ def run_from_row(row: Mapping[str, Any], own: str | None) -> Run:
     """Return the run of a row of `acp.shown_runs`; `own` is the id of the replica that asks."""
     turn = Turn(
         number=row["number"],
-        status=_STATUSES[row["status"]],
-        mode=_MODES[row["mode"]],
+        status=STATUSES[row["status"]],
+        mode=MODES[row["mode"]],
         input=row["input"],
         first_sequence=row["first_sequence"],
         created_at_ms=row["turn_created_at_ms"],
@@ -63,7 +59,7 @@ def run_from_row(row: Mapping[str, Any], own: str | None) -> Run:
 def event_from_row(row: Sequence[Any]) -> RunEvent:
     """Return the event of a row: its columns in the order of the fields."""
     sequence, turn, role, content, at, log_type, level, metadata = row
-    return RunEvent(sequence, turn, ROLES[role], content, at, log_type, _LEVELS[level], _bytes(metadata))
+    return RunEvent(sequence, turn, ROLES[role], content, at, log_type, LEVELS[level], _bytes(metadata))
 
 
 def _bytes(text: str | None) -> bytes | None:

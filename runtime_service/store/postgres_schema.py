@@ -5,7 +5,8 @@ from importlib.resources.abc import Traversable
 import asyncpg
 
 from runtime_service.errors import StoreUnavailable
-from runtime_service.store.postgres_connection import FAILURES, SQL, Database, close_connection
+from runtime_service.store.columns import SQL
+from runtime_service.store.postgres_connection import FAILURES, Database, close_connection
 
 # Of the advisory lock under which one process at a time migrates; any number that nobody else takes.
 _LOCK = 4_710_815_001

@@ -39,6 +39,7 @@ from runtime_service.store.base import (
     StoreListener,
     TurnKey,
 )
+from runtime_service.store.columns import ROLES, SQL
 from runtime_service.store.group_commit import GroupCommitWriter
 from runtime_service.store.sqlite_turns import RunningTurns
 
@@ -229,7 +230,7 @@ class SQLiteStore:
         newest_first = await self._read(
             lambda db: list(rows.execute(db, "messages_before_turn", (run_id, before_turn, limit)))
         )
-        return [(rows.ROLES[role], content) for role, content in reversed(newest_first)]
+        return [(ROLES[role], content) for role, content in reversed(newest_first)]
 
     async def _read(self, read: Callable[[apsw.Connection], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._readers, self._read_here, read)
@@ -284,4 +285,4 @@ def _prepare_schema(connection: apsw.Connection, path: Path) -> None:
     scripts = ["schema"] if version == 0 else [f"upgrade_{each}" for each in range(version, SCHEMA_VERSION)]
     with connection:
         for script in scripts:
-            connection.execute((rows.SQL / f"sqlite_{script}.sql").read_text())
+            connection.execute((SQL / f"sqlite_{script}.sql").read_text())

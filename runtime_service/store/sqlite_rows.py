@@ -3,27 +3,21 @@
 The SQL is in `sql/sqlite.sql`, each query by its name.
 """
 
-import re
 from collections.abc import Sequence
-from importlib import resources
 from typing import Any
 
 import apsw
 
 from runtime_service.errors import InvalidRequest, RequestIdReused, RunNotFound
-from runtime_service.runs import TERMINAL, EventRole, LogLevel, Run, RunEvent, RunMode, RunStatus, Turn
+from runtime_service.runs import TERMINAL, Run, RunEvent, RunStatus, Turn
 from runtime_service.store.base import Change, Request, RunPage
+from runtime_service.store.columns import LEVELS, MODES, ROLES, STATUSES, named_queries
 
-SQL = resources.files("runtime_service.store") / "sql"
-QUERIES = dict(re.findall(r"^-- name: (\w+)\n(.*?)(?=^-- name: |\Z)", (SQL / "sqlite.sql").read_text(), re.M | re.S))
+QUERIES = named_queries("sqlite.sql")
 _LIST_BY_STATUS = {
     status: QUERIES["list_runs_by_status" if status in TERMINAL else "list_open_runs"].format(status=status.value)
     for status in RunStatus
 }
-ROLES: dict[str, EventRole] = {role.value: role for role in EventRole}
-_LEVELS: dict[str | None, LogLevel | None] = {None: None} | {level.value: level for level in LogLevel}
-_STATUSES: dict[str, RunStatus] = {status.value: status for status in RunStatus}
-_MODES: dict[str, RunMode] = {mode.value: mode for mode in RunMode}
 
 
 def execute(db: apsw.Connection, query: str, bindings: Sequence[Any]) -> apsw.Cursor:
@@ -56,8 +50,8 @@ def run_from_row(row: tuple[Any, ...]) -> Run:
     """Return the run of a row: ten columns of the run, fourteen of the turn."""
     turn = Turn(
         number=row[10],
-        status=_STATUSES[row[11]],
-        mode=_MODES[row[12]],
+        status=STATUSES[row[11]],
+        mode=MODES[row[12]],
         input=row[13],
         first_sequence=row[14],
         created_at_ms=row[15],
@@ -140,5 +134,5 @@ def read_events(db: apsw.Connection, run_id: str, after: int, limit: int, limit_
         size += len(metadata) if metadata else 0
         if size > limit_bytes and events:
             break
-        events.append(RunEvent(sequence, turn, ROLES[role], content, at, log_type, _LEVELS[level], metadata))
+        events.append(RunEvent(sequence, turn, ROLES[role], content, at, log_type, LEVELS[level], metadata))
     return events

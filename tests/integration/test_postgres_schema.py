@@ -12,7 +12,7 @@ from tests.postgres import empty_database, session_server
 from tests.stores import PostgresStores
 from tests.support import new_run, run_async
 
-MIGRATIONS = ["0001_tables", "0002_writes"]
+MIGRATIONS = ["0001_tables", "0002_turns", "0003_other_writes", "0004_deletions", "0005_apply"]
 
 
 def open_store(url: str) -> PostgresStore:
@@ -60,10 +60,10 @@ def test_migrate_keeps_what_the_database_holds() -> None:
             await store.start_run(new, claim=False)
 
     run_async(start())
-    stores.execute("DELETE FROM acp.migrations WHERE version = 2")
+    stores.execute("DELETE FROM acp.migrations WHERE version = 5")
     with pytest.raises(StoreUnavailable, match="already exists"):
         run_async(migrate(stores.url))
-    assert stores.execute("SELECT max(version) FROM acp.migrations") == "1"
+    assert stores.execute("SELECT max(version) FROM acp.migrations") == "4"
     assert stores.execute("SELECT id FROM acp.runs") == new.id
 
 
@@ -76,11 +76,11 @@ def test_store_refuses_another_schema_and_says_what_to_do(how: str) -> None:
         stores = PostgresStores()
         url = stores.url
         if how == "older":
-            stores.execute("DELETE FROM acp.migrations WHERE version = 2")
-            words = "schema version 1; this program needs version 2.*python -m runtime_service migrate"
+            stores.execute("DELETE FROM acp.migrations WHERE version = 5")
+            words = "schema version 4; this program needs version 5.*python -m runtime_service migrate"
         else:
             stores.execute("INSERT INTO acp.migrations (version, name) VALUES (7, '0007_later')")
-            words = "schema version 7; this program knows version 2.*another database"
+            words = "schema version 7; this program knows version 5.*another database"
     with pytest.raises(StoreUnavailable, match=words):
         open_store(url)
     if how == "newer":
