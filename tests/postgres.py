@@ -63,13 +63,18 @@ class PostgresServer:
         """The URL of a database."""
         return f"postgresql://postgres@127.0.0.1:{self._port}/{database}"
 
+    @property
+    def log(self) -> str:
+        """What the server has logged so far."""
+        return (self._folder / "log").read_text()
+
     def start(self) -> "PostgresServer":
         """Start the server, making its data the first time; return once it can be asked."""
         if not self._data.exists():
             self._initialize()
         until = time.monotonic() + _START_SECONDS
         while not self._is_ready():
-            assert time.monotonic() < until, (self._folder / "log").read_text()
+            assert time.monotonic() < until, self.log
             # Behind a kill, what is left of the old server keeps a new one from starting for a moment.
             if self._server is None or self._server.poll() is not None:
                 self._spawn()

@@ -8,8 +8,9 @@ from typing import Any
 import asyncpg
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from runtime_service.errors import RunNotFound, StoreUnavailable
+from runtime_service.errors import RequestIdReused, RunNotFound, StoreUnavailable
 from runtime_service.runs import RunMode, RunStatus, new_run_id
 from runtime_service.store import postgres_writes as writes
 from runtime_service.store.base import Change, NewRun, Outcome, TurnKey, TurnLost
@@ -17,7 +18,7 @@ from runtime_service.store.postgres import PostgresStore
 from runtime_service.store.postgres_batch import Batch, Held
 from runtime_service.store.postgres_connection import QUERIES
 from runtime_service.store.postgres_rows import LIST_RUNS
-from tests.integration.test_run_store_batches import WRITES, ask, told
+from tests.integration.test_run_store_batches import ask, told
 from tests.stores import PostgresStores
 from tests.support import (
     ALL,
@@ -35,8 +36,18 @@ from tests.support import (
 )
 
 COMPLETED = Outcome(RunStatus.COMPLETED, "done")
-# Without claims: one sees all that is in its batch, also what was asked for behind it.
-UNCLAIMED = WRITES.filter(lambda asked: all(how != "claim" for how, *_ in asked))
+ONES = st.sampled_from([1, 1, 1, 2])
+# Mostly of one run that is there; no claims: one sees all that is in its batch, also what was asked for behind it.
+WRITES = st.lists(
+    st.tuples(
+        st.sampled_from(["start", "append", "log", "finish", "draft", "release", "continue", "cancel"]),
+        st.sampled_from([0, 0, 0, 1]),  # which run
+        ONES,  # which turn
+        ONES,  # which epoch
+    ),
+    min_size=2,
+    max_size=8,
+)
 STORED = """
 SELECT 1, ROW(message_count, last_sequence, last_turn, status)::text FROM acp.runs WHERE id = '{run_id}'
 UNION ALL
@@ -66,11 +77,12 @@ def rows(stores: PostgresStores, ids: list[str]) -> list[str]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(asked=UNCLAIMED)
+@given(asked=WRITES)
 def test_writes_in_one_batch_leave_what_they_leave_one_by_one(asked: list[tuple[str, int, int, int]]) -> None:
     """The same rows and the same answers, refusals included."""
 
     stores = shared_stores()
+    asked = [("start", 0, 1, 1), *asked]
 
     async def main() -> None:
         async with stores.open() as store:
@@ -148,6 +160,25 @@ def test_write_that_is_refused_does_not_hurt_its_batch(stores: PostgresStores) -
             assert (await store.get_run(ORGANIZATION, SERVER, run.id)).status is RunStatus.RUNNING
             with pytest.raises(RunNotFound):
                 await store.get_run(ORGANIZATION, SERVER, "run_\0")
+
+    run_async(main())
+
+
+@pytest.mark.parametrize("first", ["start", "continue"])
+def test_request_id_that_comes_twice_within_a_batch_is_refused(stores: PostgresStores, first: str) -> None:
+    """The one that was asked for first is done, the other one is another request."""
+
+    async def main() -> None:
+        async with stores.open() as store:
+            run = (await store.start_run(new_run(), claim=False)).run
+            starting = [store.start_run(new_run(request_id="once"), claim=False)] if first == "start" else []
+            resuming = store.continue_run(next_turn(run, request_id="once"), claim=False)
+            starting = starting or [store.start_run(new_run(request_id="once"), claim=False)]
+            done, refused = (starting[0], resuming) if first == "start" else (resuming, starting[0])
+            assert not (await done).replayed
+            with pytest.raises(RequestIdReused):
+                await refused
+            assert await store.count_queued() == 2
 
     run_async(main())
 
