@@ -14,13 +14,12 @@ _MODES: dict[str, RunMode] = {mode.value: mode for mode in RunMode}
 
 def _listing(status: RunStatus | None) -> str:
     if status is None:
-        return QUERIES["list_runs"].format(status="")
-    if status is RunStatus.COMPLETED:
-        return QUERIES["list_runs"].format(status="run_status = 'completed' AND")
-    # By the turns that did not complete: they are few. (A settled turn may be one that a later turn follows.)
-    return QUERIES["list_runs"].format(
-        status=f"status = '{status.value}' AND turn_organization = $1 AND turn_server_id = $2 AND turn_run_key < $3 AND"
-    )
+        newest = QUERIES["newest_runs"].format(status="")
+    elif status is RunStatus.COMPLETED:
+        newest = QUERIES["newest_runs"].format(status=" AND run_status = 'completed'")
+    else:
+        newest = QUERIES["newest_runs_of_turns"].format(status=status.value)
+    return QUERIES["list_runs"].format(newest=newest)
 
 
 LIST_RUNS: dict[RunStatus | None, str] = {status: _listing(status) for status in (None, *RunStatus)}

@@ -27,19 +27,31 @@ WHERE id = $1 AND organization = $2 AND server_id = $3 AND number = coalesce($4,
 -- name: run_key
 SELECT run_key FROM acp.runs WHERE id = $1 AND organization = $2 AND server_id = $3
 
+-- name: newest_runs
+SELECT * FROM acp.shown_runs
+WHERE organization = $1 AND server_id = $2 AND run_key < $3 AND number = last_turn{status}
+ORDER BY run_key DESC LIMIT $4 + 1
+
+-- name: newest_runs_of_turns
+-- By the turns that did not complete, which are few; a settled one may be followed by a later turn of its run. {status}
+-- is written out: only then can a partial index serve. Runs are found one by one, whatever the planner thinks.
+SELECT run.* FROM (
+    SELECT run_key, number FROM acp.turns
+    WHERE status = '{status}' AND organization = $1 AND server_id = $2 AND run_key < $3 ORDER BY run_key DESC
+) AS turn CROSS JOIN LATERAL (
+    SELECT * FROM acp.shown_runs
+    WHERE run_key = turn.run_key AND number = turn.number AND number = last_turn OFFSET 0
+) AS run
+ORDER BY turn.run_key DESC LIMIT $4 + 1
+
 -- name: list_runs
--- {status} is a condition, written out: only then can a partial index serve.
 SELECT * FROM (
     SELECT newest.*, row_number() OVER by_age AS place, count(*) OVER () AS found, sum(
         octet_length(input) + coalesce(octet_length(output), 0) + coalesce(octet_length(error), 0)
         + coalesce(octet_length(metadata), 0) + coalesce(octet_length(thread_metadata), 0)
         + 2 * coalesce(octet_length(title), 0)
     ) OVER by_age AS size
-    FROM (
-        SELECT * FROM acp.shown_runs
-        WHERE {status} organization = $1 AND server_id = $2 AND run_key < $3 AND number = last_turn
-        ORDER BY run_key DESC LIMIT $4 + 1
-    ) AS newest
+    FROM ({newest}) AS newest
     WINDOW by_age AS (ORDER BY run_key DESC)
 ) AS sized WHERE place <= $4 AND (size <= $5 OR place = 1) ORDER BY place
 

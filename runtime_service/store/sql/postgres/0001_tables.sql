@@ -98,8 +98,8 @@ CREATE VIEW acp.shown_runs AS
 SELECT runs.run_key, runs.id, runs.organization, runs.server_id, runs.title, runs.thread_metadata,
        runs.created_at_ms, runs.updated_at_ms, runs.message_count, runs.last_sequence, runs.last_turn,
        runs.status AS run_status,
-       turns.run_key AS turn_run_key, turns.number, turns.organization AS turn_organization, turns.server_id AS turn_server_id,
-       turns.status, turns.mode, turns.input, turns.first_sequence, turns.created_at_ms AS turn_created_at_ms,
+       turns.number, turns.status, turns.mode, turns.input, turns.first_sequence,
+       turns.created_at_ms AS turn_created_at_ms,
        turns.output, turns.error, turns.error_code, turns.metadata, turns.completed_at_ms, turns.attempt, turns.epoch,
        turns.ready, held.holder, held.address
 FROM acp.runs JOIN acp.turns ON turns.run_key = runs.run_key LEFT JOIN LATERAL (
