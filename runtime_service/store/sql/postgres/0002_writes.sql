@@ -274,32 +274,41 @@ BEGIN
 END
 $$;
 
--- Claim queued turns, oldest first. What others are about to claim is left to them. The search sees turns as they were
--- when it began: each is looked at once more while its run is held.
-CREATE FUNCTION acp.claim_turns(p_replica text, p jsonb) RETURNS jsonb LANGUAGE plpgsql SET enable_sort = off AS $$
+-- Claim queued turns, oldest first. What others are about to claim is left to them; a turn that was claimed since the
+-- search began is not taken again, as its row is asked once more while that of the run is held.
+CREATE FUNCTION acp.claim_turns(p_replica text, p jsonb) RETURNS jsonb LANGUAGE plpgsql AS $$
 DECLARE
-    next record;
-    turn acp.turns;
-    changes jsonb := '[]';
-    log jsonb;
+    keys bigint[];
+    numbers integer[];
+    turn record;
+    changes jsonb[] := '{}';
+    at bigint := (p->>'at')::bigint;
 BEGIN
-    FOR next IN
+    SELECT array_agg(next.run_key), array_agg(next.number) INTO keys, numbers FROM (
         SELECT t.run_key, t.number FROM acp.turns t JOIN acp.runs r ON r.run_key = t.run_key
         WHERE t.status = 'queued' AND t.ready ORDER BY t.created_at_ms, t.run_key LIMIT (p->>'limit')::integer
         FOR UPDATE OF r SKIP LOCKED
+    ) AS next;
+    FOR turn IN
+        WITH claimed AS (
+            UPDATE acp.turns t SET status = 'running', attempt = t.attempt + 1, epoch = t.epoch + 1, holder = p_replica
+            FROM unnest(keys, numbers) AS next (run_key, number)
+            WHERE t.run_key = next.run_key AND t.number = next.number AND t.status = 'queued' AND t.ready
+            RETURNING t.run_key, t.number, t.attempt, t.created_at_ms
+        ), runs AS (
+            UPDATE acp.runs r SET
+                updated_at_ms = at, status = CASE WHEN c.number = r.last_turn THEN 'running' ELSE r.status END
+            FROM claimed c WHERE r.run_key = c.run_key
+        )
+        SELECT * FROM claimed c ORDER BY c.created_at_ms, c.run_key
     LOOP
-        SELECT * INTO turn FROM acp.turns t WHERE t.run_key = next.run_key AND t.number = next.number;
-        CONTINUE WHEN turn.status <> 'queued';
-        UPDATE acp.turns t SET status = 'running', attempt = t.attempt + 1, epoch = t.epoch + 1, holder = p_replica
-        WHERE t.run_key = next.run_key AND t.number = next.number;
-        log := '[]';
-        IF turn.attempt > 0 THEN
-            log := jsonb_build_array(p->'again' || jsonb_build_object(
-                'content', replace(p->'again'->>'content', '{attempt}', (turn.attempt + 1)::text)));
-        END IF;
-        changes := changes || jsonb_build_array(acp.write_behind(next.run_key, next.number, log, (p->>'at')::bigint));
+        changes := changes || CASE
+            WHEN turn.attempt = 1 THEN jsonb_build_array(turn.run_key, turn.number, 1, 0)
+            ELSE acp.write_behind(turn.run_key, turn.number, jsonb_build_array(p->'again' || jsonb_build_object(
+                'content', replace(p->'again'->>'content', '{attempt}', turn.attempt::text))), at)
+        END;
     END LOOP;
-    RETURN jsonb_build_object('changes', changes);
+    RETURN jsonb_build_object('changes', to_jsonb(changes));
 END
 $$;
 
