@@ -31,7 +31,9 @@ def measure_postgresql(directory: Path, effort: Effort) -> Section:
     with both_stores(directory) as (embedded, replicated, postgres):
         for connections, requests in effort.store_requests.items():
             warm_up = requests // 10
-            rounds = _Rounds(connections, sqlite := [], postgresql := [], spent := [])
+            sqlite: list[Load] = []
+            postgresql: list[Load] = []
+            spent: list[float] = []
             for _ in range(effort.store_rounds):
                 for loads, server in ((sqlite, embedded), (postgresql, replicated)):
                     before = postgres.cpu_seconds()
@@ -39,7 +41,7 @@ def measure_postgresql(directory: Path, effort: Effort) -> Section:
                         run_load(server, path, BODY, connections=connections, requests=requests, warm_up=warm_up)
                     )
                 spent.append(1000 * (postgres.cpu_seconds() - before) / (requests + warm_up))
-            measured.append(rounds)
+            measured.append(_Rounds(connections, sqlite, postgresql, spent))
     return Section(
         "Sync runs of ten events over PostgreSQL",
         table(

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -45,10 +46,10 @@ class _Store:
     server: Server
     database: Database | None = None
 
-    def measure(self, turns: int, work: Callable[[Server], float]) -> _Measured:
+    def measure(self, turns: int, work: Callable[[], float]) -> _Measured:
         """Do some work, which returns when its turns began, and wait for their end."""
         cpu, database = cpu_seconds(self.server.pids), self._database_seconds()
-        began = work(self.server)
+        began = work()
         _wait_until_ended(self.server)
         seconds = time.perf_counter() - began
         cpu, database = cpu_seconds(self.server.pids) - cpu, self._database_seconds() - database
@@ -67,10 +68,10 @@ def measure_queue(directory: Path, effort: Effort) -> Section:
         stores = (_Store("SQLite", embedded), _Store("PostgreSQL", replicated, postgres))
         for n in range(effort.queue_rounds):
             for store in stores:
-                direct.setdefault(store.name, []).append(store.measure(turns, lambda server: _send(server, turns)))
+                direct.setdefault(store.name, []).append(store.measure(turns, partial(_send, store.server, turns)))
                 gate = directory / f"gate-{store.name}-{n}"
                 _fill_queue(store.server, gate, turns)
-                queued.setdefault(store.name, []).append(store.measure(turns, lambda _, gate=gate: _open(gate)))
+                queued.setdefault(store.name, []).append(store.measure(turns, partial(_open, gate)))
         for store in stores:
             if has_runs(store.server, _AGENT, "failed"):
                 raise RuntimeError(f"turns failed over {store.name}")

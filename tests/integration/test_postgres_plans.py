@@ -1,4 +1,4 @@
-"""How many rows PostgreSQL looks at for an answer, in tables that were empty a moment ago and of which it knows nothing."""
+"""How many rows PostgreSQL looks at for an answer, in tables that it knows nothing of: they were empty a moment ago."""
 
 import asyncio
 import json
