@@ -16,8 +16,10 @@ from benchmarks.follower import measure_follower
 from benchmarks.idle import measure_idle
 from benchmarks.many_followers import measure_many_followers
 from benchmarks.overload import measure_overload
+from benchmarks.postgresql import measure_postgresql
 from benchmarks.processes import open_many_files
 from benchmarks.profile import measure_profile
+from benchmarks.queue import measure_queue
 from benchmarks.slow_followers import measure_slow_followers
 from benchmarks.start import measure_start
 from benchmarks.sync import measure_sync
@@ -27,6 +29,8 @@ _RESULTS = Path(__file__).with_name("RESULTS.md")
 _Measure = Callable[[Path, Effort], report.Section]
 _BENCHMARKS: dict[str, tuple[_Measure, ...]] = {
     "sync": (measure_sync,),
+    "postgresql": (measure_postgresql,),
+    "queue": (measure_queue,),
     "follower": (measure_follower,),
     "many-followers": (measure_many_followers,),
     "idle": (measure_idle,),

@@ -13,6 +13,10 @@ class Effort:
 
     rounds: int
     requests: Mapping[int, int]  # connections → requests a round
+    store_rounds: int
+    store_requests: Mapping[int, int]  # connections → requests a round
+    queued_turns: int
+    queue_rounds: int
     follower_events: Sequence[int]
     follows: int
     many_followers: int
@@ -35,6 +39,10 @@ class Effort:
 THOROUGH: Final = Effort(
     rounds=7,
     requests={1: 1500, 16: 3000, 64: 3000},
+    store_rounds=5,
+    store_requests={1: 500, 16: 1500, 64: 1500},
+    queued_turns=10_000,
+    queue_rounds=2,
     follower_events=(10_000, 100_000),
     follows=9,
     many_followers=1000,
@@ -56,6 +64,10 @@ THOROUGH: Final = Effort(
 QUICK: Final = Effort(
     rounds=2,
     requests={1: 300, 16: 600, 64: 600},
+    store_rounds=2,
+    store_requests={16: 600},
+    queued_turns=1_000,
+    queue_rounds=1,
     follower_events=(10_000, 100_000),
     follows=3,
     many_followers=200,

