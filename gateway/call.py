@@ -138,22 +138,26 @@ class Call:
 
     def begin(self, number: int, acknowledge_after: int) -> rpc.SessionCommand:
         """Return the command that opens the call under this number, or goes on where it was cut."""
-        now = self._loop.time()
         command = self.command
         command.call = number
         self._acknowledge_after = acknowledge_after
+        if self.sent or self.waits_since is not None:
+            self._go_on(command)
+        self.sent = True
+        return command
+
+    def _go_on(self, command: rpc.SessionCommand) -> None:
+        """Have the command ask for no more than is still to come, and for no longer than is left."""
+        now = self._loop.time()
         self._asked_again = self.sent
         self._resumed = self._run_state is not None
         self._taken = -len(self._arrived)  # those of the stream before are not acknowledged to this one
         self.refusal = None
-        self.sent = True
-        operation = command.WhichOneof("operation")
-        if operation == "watch_run":
+        if command.WhichOneof("operation") == "watch_run":
             command.watch_run.after_sequence = max(command.watch_run.after_sequence, self.last_sequence)
         elif (wait := self._wait) is not None and wait.wait_ms:
             wait.wait_ms = max(1, wait.wait_ms - int((now - self._asked_at) * 1000))
         self._asked_at = now
-        return command
 
     def cut_wait(self) -> bool:
         """Have the command, when it is sent again, wait for nothing; return whether it has waited for anything."""

@@ -20,7 +20,8 @@ HealthStream: TypeAlias = "grpc.aio.UnaryStreamCall[health_pb2.HealthCheckReques
 _ASK_SECONDS = 3.0
 _ANSWER_SECONDS = 5.0
 # One that does not serve is asked this often; it may be about to stop, which a stream that is open would hold up.
-_PAUSE_SECONDS = 0.25
+_NOT_SERVING_SECONDS = 0.25
+_BROKEN_SECONDS = 0.05
 
 
 class HealthWatch:
@@ -51,6 +52,7 @@ class HealthWatch:
         while True:
             stream = self._open_stream()
             answered = False
+            pause = _NOT_SERVING_SECONDS
             try:
                 async with asyncio.timeout(_ANSWER_SECONDS):
                     self._hear(await stream.read())
@@ -63,10 +65,11 @@ class HealthWatch:
                     self._set(serving=False, silent=self.is_serving or self.is_silent)
             except grpc.aio.AioRpcError:
                 self._set(serving=False, silent=False)
+                pause = _BROKEN_SECONDS
             finally:
                 stream.cancel()
             if not self.is_serving:
-                await asyncio.sleep(_PAUSE_SECONDS)
+                await asyncio.sleep(pause)
 
     def _hear(self, answer: object) -> None:
         """Take in what the replica says; an end of the stream says that it serves no more."""

@@ -165,9 +165,9 @@ class Connection(RequestHandler):
                     answer = error_answer(from_http_exception(answer), request)
             elif not isinstance(answer, web.StreamResponse):
                 answer = self.handle_error(request, 500, TypeError(f"A handler returned {type(answer)}."))
-        manager = cast(Connections | None, self._manager)
-        if (self._took_offence and not self._messages) or (manager is not None and manager.ends_with_answer(self)):
-            # Nothing behind that can be understood, or will be answered.
+        manager = self._manager
+        if (self._took_offence or manager is None or cast(Connections, manager).is_ending) and not self._messages:
+            # Nothing behind this can be understood, or will be answered.
             self._close = True
         if type(answer) is JsonAnswer:
             if not self._close and self._is_usual(request, answer):

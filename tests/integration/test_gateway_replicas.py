@@ -42,7 +42,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clocks that look often, so that a test waits for a fact and not for the look at it."""
     monkeypatch.setattr(replicas, "_TICK_SECONDS", 0.01)
     monkeypatch.setattr(session, "_RECONNECT_SECONDS", (0.0, 0.01))
-    monkeypatch.setattr(health, "_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(health, "_NOT_SERVING_SECONDS", 0.01)
+    monkeypatch.setattr(health, "_BROKEN_SECONDS", 0.0)
 
 
 class Names:
