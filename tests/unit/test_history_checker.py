@@ -42,7 +42,7 @@ LOG = (
     (1, marked(2, "one", 1, 0, pid=7)),
     (2, Event(3, "user", SECOND, 3.0)),
     (1, Event(4, "assistant", "half", 4.0, "incomplete", "warn")),
-    (1, Event(5, "execution_log", "Attempt 2 begins: the one before was lost.", 5.0, "attempt", "warn")),
+    (1, Event(5, "execution_log", "Attempt 2 begins: the one before was broken off.", 5.0, "attempt", "warn")),
     (1, marked(6, "one", 2, 0, pid=8)),
     (1, marked(7, "one", 2, 1, pid=8)),
     (2, marked(8, "two", 1, 0, pid=8)),

@@ -289,7 +289,7 @@ BEGIN
         RETURNING * INTO turn;
         CONTINUE WHEN NOT FOUND;
         log := '[]';
-        IF turn.attempt > 1 THEN
+        IF turn.epoch > 1 THEN
             log := jsonb_build_array(p->'again' || jsonb_build_object(
                 'content', replace(p->'again'->>'content', '{attempt}', turn.attempt::text)));
         END IF;
