@@ -20,7 +20,7 @@ HealthStream: TypeAlias = "grpc.aio.UnaryStreamCall[health_pb2.HealthCheckReques
 _ASK_SECONDS = 3.0
 _ANSWER_SECONDS = 5.0
 # One that does not serve is asked this often; it may be about to stop, which a stream that is open would hold up.
-_PAUSE_SECONDS = 0.1
+_PAUSE_SECONDS = 0.25
 
 
 class HealthWatch:

@@ -17,7 +17,6 @@ from gateway.http_connection import DEFAULT_LIMITS, Connection, Connections, Htt
 
 _LOG = logging.getLogger(__name__)
 
-# In so many turns of the loop what has arrived becomes a request that is under way.
 _TURNS_TO_BEGIN: Final = 4
 _FLUSH_SECONDS: Final = 0.01
 
@@ -67,18 +66,20 @@ class GatewayRunner(web.AppRunner):
         """Take no more connections, and close the idle ones. A request that has arrived by now is answered."""
         server = self._own_server
         server.is_ending = True
-        # Clients wait at the door, let in by the kernel alone; it throws them out when the door closes.
+        loop = asyncio.get_running_loop()
         listeners = [listener for site in self.sites for listener in cast(asyncio.Server, site._server).sockets]
+        # A server of asyncio's own loop loses those that it is about to let in when it is closed.
+        for listener in listeners:
+            loop.remove_reader(listener.fileno())
+        await _let_begin()
+        # Clients wait at the door, let in by the kernel alone; it throws them out when the door closes.
         doors = [socket.socket(fileno=os.dup(listener.fileno())) for listener in listeners]
         for site in self.sites:
             await site.stop()
         let_in = [connection for door in doors for connection in _let_in(door)]
-        loop = asyncio.get_running_loop()
         for connection in let_in:
             await loop.connect_accepted_socket(server, connection)
-        # What has arrived is taken in by one turn of the loop, and begun by the next ones.
-        for _ in range(_TURNS_TO_BEGIN):
-            await asyncio.sleep(0)
+        await _let_begin()
         for each in server.connections:
             cast(Connection, each).end_when_idle()
 
@@ -129,6 +130,12 @@ def _handle(find: RouteFinder, by_router: Callable[[web.Request], Awaitable[Any]
         return by_router(request)
     request._match_info, handler = found
     return handler(request)
+
+
+async def _let_begin() -> None:
+    """Return once what has arrived is under way: a turn of the loop takes it in, the next ones begin it."""
+    for _ in range(_TURNS_TO_BEGIN):
+        await asyncio.sleep(0)
 
 
 def _let_in(door: socket.socket) -> Iterator[socket.socket]:

@@ -112,7 +112,7 @@ class Execution:
         if self._flushing is not None:
             await asyncio.wait([self._flushing])
         try:
-            if self._server.agent.repeatable:
+            if self._server.may_repeat:
                 self._publish(await self._store.release_turn(self._key, self.take_rest()))
             else:
                 error = "The runtime stopped while it executed this turn, and the turn is not begun again."

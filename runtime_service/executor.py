@@ -471,7 +471,7 @@ class Executor:
 
     def _may_repeat(self, server_id: str) -> bool:
         server = self._registry.executor_of(server_id)
-        return server is not None and server.agent.repeatable
+        return server is not None and server.may_repeat
 
 
 async def _repeat(seconds: float, act: Callable[[], Awaitable[object]]) -> None:

@@ -31,6 +31,7 @@ class _ServerTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     options: dict[str, Any] = {}
     agent_runtime: str | None = None
     turn_timeout_seconds: Annotated[float, msgspec.Meta(gt=0, le=604_800)] = 3_600
+    repeatable: bool = True
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -42,12 +43,21 @@ class ConfigurationError(Exception):
 
 
 class Server(msgspec.Struct, frozen=True):
-    """An agent runtime: `agent` executes its turns, at most `turn_timeout_seconds` each."""
+    """An agent runtime: `agent` executes its turns, at most `turn_timeout_seconds` each.
+
+    Where it is not `repeatable`, no turn is begun a second time, whatever the agent says of itself.
+    """
 
     id: str
     organization: str
     agent: Agent
     turn_timeout_seconds: float
+    repeatable: bool = True
+
+    @property
+    def may_repeat(self) -> bool:
+        """Whether a turn may be begun again when its runtime was lost in the middle of it."""
+        return self.repeatable and self.agent.repeatable
 
 
 class Registry:
@@ -135,4 +145,4 @@ def _make_server(where: str, server_id: str, table: _ServerTable) -> Server:
         agent: Agent = kind(msgspec.convert(table.options, kind.Options))  # type: ignore[call-arg]
     except (msgspec.ValidationError, ValueError) as error:
         raise ConfigurationError(f"{where}: options: {error}.") from error
-    return Server(server_id, table.organization, agent, table.turn_timeout_seconds)
+    return Server(server_id, table.organization, agent, table.turn_timeout_seconds, table.repeatable)

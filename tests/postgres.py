@@ -16,8 +16,11 @@ import subprocess
 import tempfile
 import time
 import weakref
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
+
+import psutil
 
 from runtime_service.store.postgres_schema import migrate
 
@@ -74,8 +77,13 @@ class PostgresServer:
         return self
 
     def kill(self) -> None:
-        """Kill the server, as a crash does."""
-        self._end(signal.SIGKILL)
+        """Kill the server, as a crash does, with all its sessions: left to themselves they would go on for a moment."""
+        if self._server is not None:
+            sessions = psutil.Process(self._server.pid).children()
+            self._end(signal.SIGKILL)
+            for session in sessions:
+                with suppress(psutil.NoSuchProcess):
+                    session.kill()
 
     def stop(self) -> None:
         """Stop the server in order, ending the sessions; does nothing where it does not run."""
@@ -124,7 +132,7 @@ class PostgresServer:
             lines = (self._data / "postmaster.pid").read_text().splitlines()
         except FileNotFoundError:
             return False
-        return self._server is not None and lines[0] == str(self._server.pid) and lines[7:8] == ["ready   "]
+        return self._server is not None and lines[:1] == [str(self._server.pid)] and lines[7:8] == ["ready   "]
 
     def _end(self, how: signal.Signals) -> None:
         if self._server is not None:

@@ -173,6 +173,100 @@ def test_sync_start_is_answered_while_the_gateway_stops(tmp_path: Path) -> None:
     run_async(main())
 
 
+def test_gateway_that_stops_says_so_first(tmp_path: Path) -> None:
+    """`/health` is 503 at once, while requests are taken as ever; each answer ends its connection, and says so."""
+
+    async def main() -> None:
+        async with serving(tmp_path, drain_delay_seconds=0.5) as stack:
+            stopping = asyncio.create_task(stack.gateway.__aexit__(None, None, None))
+            await asyncio.sleep(0)
+            health = await stack.call("GET", "/health", key="")
+            assert (health.status, health.json, health.headers["Connection"]) == (
+                503,
+                {"status": "unavailable", "ready": False},
+                "close",
+            )
+            assert (await stack.call("GET", "/health/live", key="")).status == 200
+            started = await stack.start()
+            assert (started.status, started.headers["Connection"]) == (201, "close")
+            async with stack.stream("GET", started.headers["Location"] + "/events") as stream:
+                assert (await stream.rest())[-1].type == "stream.completed"
+                assert stream.response.headers["Connection"] == "close"
+            assert not stopping.done()
+            await stopping
+            with pytest.raises(ClientConnectionError):
+                await stack.start()
+
+    run_async(main())
+
+
+def test_wait_is_cut_short_when_the_gateway_stops(tmp_path: Path) -> None:
+    """When the drain time is over whoever waits is told what there is: the 202 of async, a page without news."""
+
+    async def main() -> None:
+        async with serving(tmp_path, drain_seconds=0.1) as stack:
+            path = await stack.start_async("gated", "stop polled")
+            busy = await stack.start_async("gated", "stop busy")
+            await GATES["stop polled"].reached.wait()
+            asking = [
+                asyncio.create_task(stack.start("gated", "stop started")),
+                asyncio.create_task(stack.call("GET", path + "/events?after=2&wait=30")),
+            ]
+            await GATES["stop started"].reached.wait()
+            asking.append(asyncio.create_task(stack.call("POST", busy + "/input", {"content": "stop continued"})))
+            await until(lambda: _has_turn(stack, busy, 2))
+            await stack.gateway.__aexit__(None, None, None)
+            started, poll, continued = await asyncio.gather(*asking)
+            assert (started.status, started.run["status"]) == (202, "running")
+            assert started.headers["Location"]
+            assert (poll.status, poll.events) == (200, [])
+            assert (continued.status, continued.run["status"]) == (202, "queued")
+            for name in ("stop polled", "stop busy", "stop started"):
+                assert not GATES[name].left.is_set()
+
+    run_async(main())
+
+
+async def _has_turn(stack: Stack, path: str, turn: int) -> bool:
+    return bool((await stack.call("GET", path)).json["thread"]["messageCount"] > turn)
+
+
+@pytest.mark.parametrize("accept", STREAMED)
+def test_stream_that_comes_late_begins(accept: str, tmp_path: Path) -> None:
+    """One that is asked for on a connection from before the door was closed gets what there is, then DRAINING."""
+    name = f"late stream {accept}"
+    body = json.dumps({"content": name}).encode()
+
+    async def main() -> None:
+        async with serving(tmp_path) as stack:
+            url = stack.url(runs("gated"))
+            reader, writer = await asyncio.open_connection(url.host, url.port)
+            await stack.call("GET", "/health")  # by now the connection is known
+            stopping = asyncio.create_task(stack.gateway.__aexit__(None, None, None))
+            await until(lambda: _is_refused(url.port))
+            lines = [f"POST {url.raw_path} HTTP/1.1", "Host: x", f"Accept: {accept}", f"Content-Length: {len(body)}"]
+            lines += ["Content-Type: application/json", f"Authorization: Bearer {stack.key}", "", ""]
+            writer.write("\r\n".join(lines).encode() + body)
+            head, _, rest = (await reader.read()).partition(b"\r\n\r\n")
+            writer.close()
+            assert head.startswith(b"HTTP/1.1 201 ")
+            assert b"Connection: close" in head
+            assert b'"type":"run.updated"' in rest
+            assert b'"code":"DRAINING"' in rest
+            await stopping
+
+    run_async(main())
+
+
+async def _is_refused(port: int | None) -> bool:
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+    except ConnectionRefusedError:
+        return True
+    writer.close()
+    return False
+
+
 def test_sync_start_tells_that_the_runtime_stops(tmp_path: Path) -> None:
     """Whoever waits for a turn when the runtime stops for long gets 503 DRAINING; the run is executed afterwards."""
 

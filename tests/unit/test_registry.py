@@ -17,6 +17,7 @@ GOOD = """
 kind = "agent_runtime"
 agent = "echo"
 turn_timeout_seconds = 5
+repeatable = false
 options = { messages = 3 }
 
 [servers."runtime/one"]
@@ -65,6 +66,10 @@ def test_registry_resolves_agent_runtimes_and_bindings(tmp_path: Path) -> None:
     echo = registry.resolve("default", "echo", connected=False)
     assert (echo.id, echo.organization, echo.turn_timeout_seconds) == ("echo", "default", 5)
     assert isinstance(echo.agent, EchoAgent)
+    # Whatever the agent says; where the server says nothing, the agent is asked.
+    assert echo.agent.repeatable
+    assert not echo.may_repeat
+    assert registry.resolve("other", "runtime/one", connected=False).may_repeat
     assert registry.resolve("default", "storefront", connected=True) is echo
     assert registry.resolve("default", "echo", connected=True) is echo
     assert registry.resolve("other", "theirs", connected=True).id == "runtime/one"

@@ -7,6 +7,10 @@
 --   turns     extensions of running turns: n, id, number, epoch, at, messages, log, outcome, redraft, draft
 --   others    the rest, in order; `write` says what each is
 --
+-- Plans are made once a session, perhaps while the tables are empty, and must do when they are not. So each table is
+-- reached by the index that fits (see the settings of `acp.apply`), and a row that is known by its key is looked up by
+-- nothing else: in a subquery of its own, which `OFFSET 0` keeps apart, or before its other columns are looked at.
+--
 -- Locks are taken in one order by everybody, so that nobody waits in a circle: the replica's own row, requests by
 -- their key, runs by theirs. Whatever else could be locked is skipped. Who holds the row of a run may write its turns.
 
@@ -91,8 +95,8 @@ BEGIN
     SELECT r.run_key, t.number, r.organization, r.server_id, t.status, t.mode, t.input, t.first_sequence,
            t.created_at_ms, t.output, t.error, t.error_code, convert_from(decode(t.metadata, 'base64'), 'UTF8'),
            t.completed_at_ms, t.attempt, t.epoch, t.ready, CASE WHEN t.status = 'running' THEN p_replica END
-    FROM jsonb_to_recordset(p_starts) AS s (n integer, run jsonb)
-    JOIN acp.runs r ON r.run_key = p_keys[s.n + 1],
+    FROM jsonb_to_recordset(p_starts) AS s (n integer, run jsonb),
+         LATERAL (SELECT * FROM acp.runs x WHERE x.run_key = p_keys[s.n + 1] OFFSET 0) AS r,
          jsonb_to_record(s.run->'turn') AS t (
              number integer, status text, mode text, input text, first_sequence bigint, created_at_ms bigint,
              output text, error text, error_code text, metadata text, completed_at_ms bigint, attempt integer,
@@ -102,8 +106,8 @@ BEGIN
     INSERT INTO acp.events (run_key, sequence, turn, role, content, created_at_ms, log_type, log_level, metadata)
     SELECT r.run_key, e.place, 1, e.role, e.content, e.created_at_ms, e.log_type, e.log_level,
            convert_from(decode(e.metadata, 'base64'), 'UTF8')
-    FROM jsonb_to_recordset(p_starts) AS s (n integer, log jsonb)
-    JOIN acp.runs r ON r.run_key = p_keys[s.n + 1],
+    FROM jsonb_to_recordset(p_starts) AS s (n integer, log jsonb),
+         LATERAL (SELECT x.run_key FROM acp.runs x WHERE x.run_key = p_keys[s.n + 1] OFFSET 0) AS r,
          ROWS FROM (jsonb_to_recordset(s.log) AS (
              role text, content text, created_at_ms bigint, log_type text, log_level text, metadata text
          )) WITH ORDINALITY AS e (role, content, created_at_ms, log_type, log_level, metadata, place);
@@ -134,11 +138,12 @@ BEGIN
         FROM jsonb_to_recordset(p_turns) AS a (
             n integer, id text, number integer, epoch integer, at bigint, messages integer, log jsonb, outcome jsonb,
             redraft boolean, draft text
-        ), LATERAL (SELECT * FROM acp.runs WHERE id = a.id OFFSET 0) AS r,
-        LATERAL (
-            SELECT FROM acp.turns WHERE run_key = r.run_key AND number = a.number
-            AND status = 'running' AND epoch = a.epoch AND holder = p_replica OFFSET 0
+        )
+        CROSS JOIN LATERAL (SELECT * FROM acp.runs x WHERE x.id = a.id OFFSET 0) AS r
+        CROSS JOIN LATERAL (
+            SELECT x.epoch, x.holder FROM acp.turns x WHERE x.run_key = r.run_key AND x.number = a.number OFFSET 0
         ) AS t
+        WHERE t.epoch = a.epoch AND t.holder = p_replica
     ), runs AS (
         UPDATE acp.runs r SET
             last_sequence = r.last_sequence + h.added,
@@ -161,7 +166,7 @@ BEGIN
         UPDATE acp.turns t SET ready = true
         FROM held h
         WHERE h.outcome IS NOT NULL AND h.last_turn > h.number
-          AND t.run_key = h.run_key AND t.number = h.number + 1 AND t.status = 'queued'
+          AND t.run_key = h.run_key AND t.number = h.number + 1
         RETURNING 1
     ), events AS (
         INSERT INTO acp.events (run_key, sequence, turn, role, content, created_at_ms, log_type, log_level, metadata)
@@ -211,19 +216,18 @@ $$;
 -- Give a turn that the replica holds back to the queue, its attempt not counted.
 CREATE FUNCTION acp.release_turn(p_replica text, p jsonb) RETURNS jsonb LANGUAGE plpgsql AS $$
 DECLARE
-    key bigint;
+    turn acp.turns;
 BEGIN
-    UPDATE acp.turns t SET status = 'queued', attempt = greatest(t.attempt - 1, 0), epoch = t.epoch + 1, draft = NULL,
-                           holder = NULL
-    FROM acp.runs r
-    WHERE r.id = p->>'id' AND t.run_key = r.run_key AND t.number = (p->>'number')::integer AND t.status = 'running'
-      AND t.epoch = (p->>'epoch')::integer AND t.holder = p_replica
-    RETURNING t.run_key INTO key;
-    IF NOT FOUND THEN
+    SELECT t.* INTO turn FROM acp.runs r JOIN acp.turns t ON t.run_key = r.run_key
+    WHERE r.id = p->>'id' AND t.number = (p->>'number')::integer;
+    IF turn.holder IS DISTINCT FROM p_replica OR turn.epoch <> (p->>'epoch')::integer THEN
         RETURN '{"missing": true}';
     END IF;
+    UPDATE acp.turns t SET status = 'queued', attempt = greatest(t.attempt - 1, 0), epoch = t.epoch + 1, draft = NULL,
+                           holder = NULL
+    WHERE t.run_key = turn.run_key AND t.number = turn.number;
     RETURN jsonb_build_object('waits', true, 'changes', jsonb_build_array(
-        acp.write_behind(key, (p->>'number')::integer, p->'log', (p->>'at')::bigint)));
+        acp.write_behind(turn.run_key, turn.number, p->'log', (p->>'at')::bigint)));
 END
 $$;
 
@@ -270,9 +274,9 @@ BEGIN
 END
 $$;
 
--- Claim queued turns, oldest first. What others are about to claim is left to them; a turn that was claimed since the
--- search began is not taken again, as its row is asked once more while that of the run is held.
-CREATE FUNCTION acp.claim_turns(p_replica text, p jsonb) RETURNS jsonb LANGUAGE plpgsql AS $$
+-- Claim queued turns, oldest first. What others are about to claim is left to them. The search sees turns as they were
+-- when it began: each is looked at once more while its run is held.
+CREATE FUNCTION acp.claim_turns(p_replica text, p jsonb) RETURNS jsonb LANGUAGE plpgsql SET enable_sort = off AS $$
 DECLARE
     next record;
     turn acp.turns;
@@ -284,17 +288,16 @@ BEGIN
         WHERE t.status = 'queued' AND t.ready ORDER BY t.created_at_ms, t.run_key LIMIT (p->>'limit')::integer
         FOR UPDATE OF r SKIP LOCKED
     LOOP
+        SELECT * INTO turn FROM acp.turns t WHERE t.run_key = next.run_key AND t.number = next.number;
+        CONTINUE WHEN turn.status <> 'queued';
         UPDATE acp.turns t SET status = 'running', attempt = t.attempt + 1, epoch = t.epoch + 1, holder = p_replica
-        WHERE t.run_key = next.run_key AND t.number = next.number AND t.status = 'queued' AND t.ready
-        RETURNING * INTO turn;
-        CONTINUE WHEN NOT FOUND;
+        WHERE t.run_key = next.run_key AND t.number = next.number;
         log := '[]';
-        IF turn.epoch > 1 THEN
+        IF turn.epoch > 0 THEN
             log := jsonb_build_array(p->'again' || jsonb_build_object(
-                'content', replace(p->'again'->>'content', '{attempt}', turn.attempt::text)));
+                'content', replace(p->'again'->>'content', '{attempt}', (turn.attempt + 1)::text)));
         END IF;
-        changes := changes || jsonb_build_array(
-            acp.write_behind(next.run_key, next.number, log, (p->>'at')::bigint));
+        changes := changes || jsonb_build_array(acp.write_behind(next.run_key, next.number, log, (p->>'at')::bigint));
     END LOOP;
     RETURN jsonb_build_object('changes', changes);
 END
@@ -340,7 +343,7 @@ BEGIN
                                error_code = outcome->>'error_code', completed_at_ms = at, draft = NULL, holder = NULL
         WHERE t.run_key = turn.run_key AND t.number = turn.number;
         UPDATE acp.turns t SET ready = true
-        WHERE t.run_key = turn.run_key AND t.number = turn.number + 1 AND t.status = 'queued';
+        WHERE t.run_key = turn.run_key AND t.number = turn.number + 1;
     END IF;
     RETURN jsonb_build_object(
         'waits', outcome IS NULL OR run.last_turn > turn.number,
@@ -483,7 +486,10 @@ CREATE FUNCTION acp.shown(p_done jsonb) RETURNS jsonb LANGUAGE sql VOLATILE AS $
             WHERE e.run_key = v.run_key AND e.sequence BETWEEN (c.change->>2)::bigint AND (c.change->>3)::bigint
         )) ORDER BY c.place)
         FROM jsonb_array_elements(p_done->'changes') WITH ORDINALITY AS c (change, place)
-        JOIN acp.shown_runs v ON v.run_key = (c.change->>0)::bigint AND v.number = (c.change->>1)::integer
+        CROSS JOIN LATERAL (
+            SELECT * FROM acp.shown_runs x
+            WHERE x.run_key = (c.change->>0)::bigint AND x.number = (c.change->>1)::integer OFFSET 0
+        ) AS v
     ), '[]'))
 $$;
 
@@ -532,7 +538,6 @@ DECLARE
     written jsonb;
     told text;
 BEGIN
-    -- Not a join: of that the planner thinks that it had better begin with all runs.
     SELECT jsonb_agg(DISTINCT (SELECT r.id FROM acp.runs r WHERE r.run_key = (c.change->>0)::bigint)) INTO written
     FROM jsonb_array_elements(p_others) AS d (done), jsonb_array_elements(d.done->'changes') AS c (change)
     WHERE NOT d.done ?| ARRAY['quiet', 'replayed'];
@@ -550,15 +555,12 @@ $$;
 -- Apply a batch of writes, all or none, once: a number that was applied is answered with what came of it then. The
 -- replica's row is held to the end; who deletes it waits, or makes the batch fail: then it is lost, and nothing is
 -- written. Every write renews the lease.
---
--- Each table is reached by an index, whatever the planner knew of it when it was empty.
 CREATE FUNCTION acp.apply(p_replica text, p_batch bigint, p_asked jsonb) RETURNS jsonb LANGUAGE plpgsql
 SET enable_seqscan = off SET enable_bitmapscan = off SET enable_hashjoin = off SET enable_mergejoin = off
-SET enable_sort = off SET plan_cache_mode = force_generic_plan
+SET plan_cache_mode = force_generic_plan
 AS $$
 DECLARE
     replica acp.replicas;
-    run record;
     keys bigint[];
     starts jsonb := '[]';
     extended jsonb := '[]';
@@ -591,12 +593,12 @@ BEGIN
         ON CONFLICT (organization, request_id) DO NOTHING;
     END IF;
     IF p_asked ? 'lock' THEN
-        FOR run IN
-            SELECT (SELECT r.run_key FROM acp.runs r WHERE r.id = l.id) AS run_key
-            FROM jsonb_array_elements_text(p_asked->'lock') AS l (id) ORDER BY 1
-        LOOP
-            PERFORM FROM acp.runs r WHERE r.run_key = run.run_key FOR UPDATE;
-        END LOOP;
+        PERFORM FROM unnest(ARRAY(
+            SELECT r.run_key FROM jsonb_array_elements_text(p_asked->'lock') AS a (id)
+            CROSS JOIN LATERAL (SELECT x.run_key FROM acp.runs x WHERE x.id = a.id OFFSET 0) AS r
+            ORDER BY r.run_key
+        )) AS k (run_key)
+        CROSS JOIN LATERAL (SELECT FROM acp.runs x WHERE x.run_key = k.run_key FOR UPDATE) AS locked;
     END IF;
     IF p_asked ? 'starts' THEN
         starts := acp.start_runs(p_replica, p_asked->'starts', keys, p_asked->'requests');
