@@ -50,7 +50,7 @@ check: $(VENV)/.check ## What CI runs: format, lint, types, generated code, cont
 	$(BIN)/buf breaking --against protos/released.json
 	$(MAKE) test
 
-soak: $(VENV)/.test ## Break processes, networks and databases for an hour, and print what came of it
+soak: $(VENV)/.test ## Break processes, networks and the database for half an hour, and print what came of it
 	$(BIN)/python -m tests.acceptance.soak
 
 protos: $(VENV)/.check ## Generate Python and type stubs from protos/

@@ -265,8 +265,8 @@ def incomplete_event(text: str) -> EventDraft:
     return EventDraft(EventRole.ASSISTANT, text, now_ms(), log_type="incomplete", log_level=LogLevel.WARN)
 
 
-ATTEMPT_BEGINS = "Attempt {attempt} begins: the one before was lost."
-"""What the log says where a turn is begun again, with the number of its attempt."""
+ATTEMPT_BEGINS = "Attempt {attempt} begins: the one before was broken off."
+"""What the log says where a turn is begun again; one that was given back in order is not counted."""
 
 
 def runtime_lost(attempt: int, said: str | None = None) -> Outcome:

@@ -118,7 +118,7 @@ def claim_turns(db: apsw.Connection, limit: int) -> list[Change]:
         run = run_at_turn(db, key, number)
         events = (
             [log_event("attempt", LogLevel.WARN, ATTEMPT_BEGINS.format(attempt=run.turn.attempt))]
-            if run.turn.attempt > 1
+            if run.turn.epoch > 1
             else []
         )
         status = RunStatus.RUNNING if number == run.last_turn else run_at_turn(db, key).status

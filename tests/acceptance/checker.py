@@ -84,7 +84,10 @@ def _cancelled(history: History, rules: Rules) -> Iterator[str]:
 
 
 def _sequence(history: History, rules: Rules) -> Iterator[str]:
-    """Sequences are 1..n in the store, and without gap or duplicate wherever they were shown."""
+    """Sequences are 1..n in the store, and without gap or duplicate wherever they were shown.
+
+    The answer to a start or continue has the events of its turn, among which those of an earlier one may lie.
+    """
     for run in history.runs:
         sequences = [event.sequence for _, event in run.events]
         if sequences != list(range(1, run.last_sequence + 1)):
@@ -96,11 +99,18 @@ def _sequence(history: History, rules: Rules) -> Iterator[str]:
         turns = [turn for turn, event in run.events if event.role != "user"]
         if turns != sorted(turns):
             yield f"the turns of {run.run_id} are mixed in its log: {turns}"
+    numbers = {turn.shown.name: turn.number for turn in history.turns}
+    logs = {run.run_id: run.events for run in history.runs}
     for excerpt in history.excerpts:
         sequences = [event.sequence for event in excerpt.events]
-        first = sequences[0] if excerpt.after is None and sequences else (excerpt.after or 0) + 1
-        if sequences != list(range(first, first + len(sequences))):
-            yield f"{excerpt.surface} of {excerpt.run_id} at {excerpt.gateway} from {first} on gave {sequences}"
+        if excerpt.surface == "answer" and excerpt.turn is not None:
+            number = numbers.get((excerpt.run_id, excerpt.turn))
+            due = [event.sequence for turn, event in logs.get(excerpt.run_id, ()) if turn == number][: len(sequences)]
+        else:
+            first = sequences[0] if excerpt.after is None and sequences else (excerpt.after or 0) + 1
+            due = list(range(first, first + len(sequences)))
+        if sequences != due:
+            yield f"{excerpt.surface} of {excerpt.run_id} at {excerpt.gateway} gave {sequences} in place of {due}"
 
 
 def _same(history: History, rules: Rules) -> Iterator[str]:

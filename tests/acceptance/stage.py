@@ -62,7 +62,17 @@ class Stage:
     `server` is the PostgreSQL under it, `wires` lie between the gateways and each runtime, where there are such.
     """
 
-    def __init__(self, seed: int, running: Cluster, http: aiohttp.ClientSession, select: Select, rules: Rules) -> None:
+    def __init__(
+        self,
+        seed: int,
+        running: Cluster,
+        http: aiohttp.ClientSession,
+        select: Select,
+        rules: Rules,
+        *,
+        server: PostgresServer | None,
+        wires: list[Wire],
+    ) -> None:
         self.random = Random(seed)
         self.cluster = running
         self.http = http
@@ -70,10 +80,15 @@ class Stage:
         self.rules = rules
         self.history = History()
         self.findings: list[str] = []
-        self.wires: list[Wire] = []
+        self.wires = wires
         self._seed = seed
-        self._server: PostgresServer | None = None
+        self._server = server
         self._began = time.monotonic()
+
+    @property
+    def store(self) -> str:
+        """The name of the kind of store."""
+        return "SQLite" if self._server is None else "PostgreSQL"
 
     @property
     def server(self) -> PostgresServer:
@@ -218,10 +233,7 @@ async def stage(
         )
         connector = aiohttp.TCPConnector(limit=0)
         http = await left.enter_async_context(aiohttp.ClientSession(connector=connector, read_bufsize=1 << 20))
-        played = Stage(seed, running, http, select, Rules(drained=drained))
-        played.wires = wires
-        played._server = server
-        yield played
+        yield Stage(seed, running, http, select, Rules(drained=drained), server=server, wires=wires)
 
 
 async def comes_true(fact: Callable[[], Awaitable[bool]], limit_seconds: float) -> bool:

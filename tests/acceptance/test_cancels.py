@@ -24,7 +24,7 @@ async def race_to_the_end(folder: Path, seed: int, races: int, postgres: bool) -
         if min(count["completed"], count["cancelled"]) < races / 20:
             played.findings.append(f"that was no race: {dict(count)}")
         notes = f"{count['completed']} completed, {count['cancelled']} cancelled"
-        return played.figures("cancel against completion", races, notes)
+        return played.figures(f"cancel against completion, {played.store}", races, notes)
 
 
 async def _race(played: Stage, name: str, numbers: Iterator[int]) -> None:

@@ -33,7 +33,7 @@ async def repeat_in_parallel(folder: Path, seed: int, keys: int, repeats: int, p
         if replayed < len(answers) - 2 * keys:
             played.findings.append(f"of {len(answers)} answers only {replayed} say that they are replayed")
         notes = f"{keys} keys, {len(answers)} answers, {replayed} replayed"
-        return played.figures("parallel retries, a gateway killed", 1, notes)
+        return played.figures(f"parallel retries, a gateway killed, {played.store}", 1, notes)
 
 
 async def _repeat(played: Stage, task: Task, repeats: int) -> None:

@@ -13,7 +13,7 @@ async def restart_in_turn(folder: Path, seed: int, rounds: int) -> Figures:
         postgres=True,
         runtimes=2,
         settings={"ACP_DRAIN_SECONDS": "0.5"},
-        gateway_settings={"ACP_DRAIN_SECONDS": "20"},
+        gateway_settings={"ACP_DRAIN_DELAY_SECONDS": "1", "ACP_DRAIN_SECONDS": "20"},
         drained=True,
     ) as played:
 

@@ -26,7 +26,7 @@ from runtime_service.errors import AgentUnavailable, CapacityExceeded, Draining,
 from runtime_service.event_log import FollowOptions
 from runtime_service.executor import ExecutorLimits
 from runtime_service.runs import EventRole, LogLevel, Run, RunStatus
-from runtime_service.store.base import Cancel, Change
+from runtime_service.store.base import ATTEMPT_BEGINS, Cancel, Change
 from runtime_service.store.sqlite import SQLiteStore
 from tests.support import (
     ORGANIZATION,
@@ -992,7 +992,7 @@ def test_drain_gives_running_turns_back_uncounted(path: Path, kind: type[Scripte
             await rt.until_status(waiting, COMPLETED)
             assert attempts == [("first", 1), ("second", 1)]
             assert done.turn.output == "again"
-            assert await stored(rt, run) == ["first", "one", "half", "again"]
+            assert await stored(rt, run) == ["first", "one", "half", ATTEMPT_BEGINS.format(attempt=1), "again"]
 
     run_async(main())
 

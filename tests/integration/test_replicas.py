@@ -168,9 +168,16 @@ def test_stopped_service_leaves_its_turns_to_another(replicas: Replicas) -> None
                 await stack.aclose()
                 gate[-1].set()
                 updates = await watching
-                assert contents_of(updates) == ["hi", "one", "half", "one", "re: hi"]
+                assert contents_of(updates) == [
+                    "hi",
+                    "one",
+                    "half",
+                    "Attempt 1 begins: the one before was broken off.",
+                    "one",
+                    "re: hi",
+                ]
                 events = [event for update in updates for event in update.events]
-                assert [event.sequence for event in events] == [1, 2, 3, 4, 5]
+                assert [event.sequence for event in events] == [1, 2, 3, 4, 5, 6]
                 assert updates[-1].run.status == pb.RUN_STATUS_COMPLETED
 
     in_loop(main())
@@ -196,7 +203,7 @@ def test_service_that_lost_its_lease_ends_its_agents(replicas: Replicas) -> None
                 "hi",
                 "one",
                 "half",
-                "Attempt 2 begins: the one before was lost.",
+                "Attempt 2 begins: the one before was broken off.",
                 "one",
                 "re: hi",
             ]

@@ -12,7 +12,7 @@ import pytest
 
 from runtime_service.errors import InvalidRequest, RequestIdReused, RunNotFound, RunServiceError, StoreUnavailable
 from runtime_service.runs import EventDraft, EventRole, LogLevel, Run, RunMode, RunStatus, now_ms
-from runtime_service.store.base import Cancel, Change, Deleted, Outcome, RunStore, TurnKey, TurnLost
+from runtime_service.store.base import ATTEMPT_BEGINS, Cancel, Change, Deleted, Outcome, RunStore, TurnKey, TurnLost
 from runtime_service.store.sqlite_deletions import OldRuns, old_runs
 from runtime_service.store.sqlite_rows import QUERIES
 from tests.stores import KINDS, SQLiteStores, Stores
@@ -426,7 +426,7 @@ def test_an_outcome_never_changes(stores: Stores) -> None:
 
 
 def test_release_turn_gives_the_attempt_back(stores: Stores) -> None:
-    """The turn waits again, what its agent said stays, and the next claim is the same attempt in a new epoch."""
+    """The turn waits again, what was said stays; the next claim is the same attempt in a new epoch, and says so."""
 
     async def check(store: RunStore) -> None:
         run = await running(store)
@@ -436,8 +436,9 @@ def test_release_turn_gives_the_attempt_back(stores: Stores) -> None:
         (claimed,) = await store.claim_turns(1)
         assert claimed.run.turn.attempt == 1
         assert claimed.run.turn.epoch > run.turn.epoch
-        assert claimed.events == ()
-        assert contents(await log_of(store, run.id)) == ["hello", "so far"]
+        again = ATTEMPT_BEGINS.format(attempt=1)
+        assert contents(claimed.events) == [again]
+        assert contents(await log_of(store, run.id)) == ["hello", "so far", again]
 
     with_store(stores, check)
 
@@ -704,7 +705,7 @@ def test_save_draft_of_a_lost_turn_does_nothing(stores: Stores) -> None:
             await store.save_draft(key_of(run), "late")
         async with stores.open() as store:
             await store.recover(3, always)
-            assert contents(await log_of(store, run.id)) == ["hello"]
+            assert contents(await log_of(store, run.id)) == ["hello", ATTEMPT_BEGINS.format(attempt=1)]
 
     run_async(main())
 

@@ -42,7 +42,7 @@ LOG = (
     (1, marked(2, "one", 1, 0, pid=7)),
     (2, Event(3, "user", SECOND, 3.0)),
     (1, Event(4, "assistant", "half", 4.0, "incomplete", "warn")),
-    (1, Event(5, "execution_log", "Attempt 2 begins: the one before was lost.", 5.0, "attempt", "warn")),
+    (1, Event(5, "execution_log", "Attempt 2 begins: the one before was broken off.", 5.0, "attempt", "warn")),
     (1, marked(6, "one", 2, 0, pid=8)),
     (1, marked(7, "one", 2, 1, pid=8)),
     (2, marked(8, "two", 1, 0, pid=8)),
@@ -69,7 +69,7 @@ def good() -> History:
         ],
         excerpts=[
             Excerpt("answer", GATEWAY, RUN, EVENTS[:1], 0, FIRST),
-            Excerpt("answer", GATEWAY, RUN, EVENTS[2:], None, SECOND, ended=True),
+            Excerpt("answer", GATEWAY, RUN, (EVENTS[2], EVENTS[7]), None, SECOND, ended=True),
             Excerpt("stream", GATEWAY, RUN, EVENTS[:4], 0, FIRST),
             Excerpt("stream", GATEWAY, RUN, EVENTS[4:], 4, SECOND, ended=True),
         ],
@@ -122,6 +122,11 @@ def seeing(surface: Any, shown: Shown, asked_at: float = 9.0) -> Callable[[Histo
 def excerpt_with(*events: Event, **fields: Any) -> Callable[[History], None]:
     """Show events once more."""
     return lambda history: history.excerpts.append(Excerpt("stream", "http://b", RUN, events, **fields))
+
+
+def answer_with(*events: Event, **fields: Any) -> Callable[[History], None]:
+    """Answer a start or continue once more."""
+    return lambda history: history.excerpts.append(Excerpt("answer", "http://b", RUN, events, **fields))
 
 
 def both(*changes: Callable[[History], None]) -> Callable[[History], None]:
@@ -184,6 +189,8 @@ BROKEN: list[tuple[str, str, Callable[[History], None]]] = [
     ("sequence", "a duplicate in a stream", excerpt_with(EVENTS[0], EVENTS[0], after=0)),
     ("sequence", "a stream that resumes too late", excerpt_with(EVENTS[2], after=1)),
     ("sequence", "a stream that resumes too early", excerpt_with(EVENTS[0], EVENTS[1], after=1)),
+    ("sequence", "a gap in an answer", answer_with(EVENTS[0], EVENTS[4], after=0, turn=FIRST)),
+    ("sequence", "another turn in an answer", answer_with(*EVENTS[:3], after=0, turn=FIRST)),
     ("same", "another content", excerpt_with(replace(EVENTS[0], content="other"), after=0)),
     ("same", "another time", excerpt_with(replace(EVENTS[0], created_at=1.5), after=0)),
     ("same", "an event that is not stored", excerpt_with(replace(EVENTS[7], sequence=9), after=8)),

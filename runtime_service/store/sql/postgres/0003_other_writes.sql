@@ -106,10 +106,11 @@ BEGIN
         FOR UPDATE OF r SKIP LOCKED
     ) AS f;
     WITH found AS MATERIALIZED (
-        SELECT k.run_key, k.number, k.place, t.attempt + 1 AS attempt, (t.attempt > 0)::integer AS added
+        SELECT k.run_key, k.number, k.place, t.attempt + 1 AS attempt, (t.epoch > 0)::integer AS added
         FROM unnest(keys, numbers) WITH ORDINALITY AS k (run_key, number, place)
         CROSS JOIN LATERAL (
-            SELECT x.status, x.attempt FROM acp.turns x WHERE x.run_key = k.run_key AND x.number = k.number OFFSET 0
+            SELECT x.status, x.attempt, x.epoch FROM acp.turns x
+            WHERE x.run_key = k.run_key AND x.number = k.number OFFSET 0
         ) AS t
         WHERE t.status = 'queued'
     ), turns AS (
