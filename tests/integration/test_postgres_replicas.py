@@ -11,7 +11,7 @@ import pytest
 from runtime_service.errors import StoreUnavailable
 from runtime_service.runs import Run, RunStatus
 from runtime_service.store import postgres_listener
-from runtime_service.store.base import Change, Outcome, TurnLost
+from runtime_service.store.base import ATTEMPT_BEGINS, Change, Outcome, TurnLost
 from runtime_service.store.postgres import PostgresStore
 from tests.postgres import session_server
 from tests.stores import PostgresStores
@@ -526,7 +526,7 @@ def test_stores_behind_a_pooler_poll(stores: PostgresStores, monkeypatch: pytest
         await eventually(lambda: heard.waits > 0 and heard.polls > 0)
         (claimed,) = await other.claim_turns(1)
         await other.finish_turn(key_of(claimed.run), said("b"), COMPLETED)
-        assert contents(await log_of(one, run.id)) == ["hello", "a", "b"]
+        assert contents(await log_of(one, run.id)) == ["hello", "a", ATTEMPT_BEGINS.format(attempt=1), "b"]
         for store in (one, other):
             await store.close()
 
