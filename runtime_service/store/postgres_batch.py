@@ -290,12 +290,13 @@ class Batch:
                     held = row.tell(*end)
                 turns += 1
             else:
-                if (done := instead.get(starts)) is None:
-                    held = row.tell(len(row.log), row.messages, 1)
-                else:
+                done = instead.get(starts)
+                starts += 1
+                if done is not None:
                     row.start.tell_other(done, own)
                     row.lose()
-                starts += 1
+                    continue  # what is there in its place may be held
+                held = row.tell(len(row.log), row.messages, 1)
             if held is None:
                 self._held.pop(run_id, None)
             else:

@@ -117,6 +117,18 @@ def test_start_with_a_known_request_id_starts_nothing(stores: Stores, wait: bool
     with_store(stores, check)
 
 
+def test_start_that_comes_again_leaves_its_turn_running(stores: Stores) -> None:
+    """Also the very same one, run id and all: who executes the turn goes on."""
+
+    async def check(store: RunStore) -> None:
+        new = new_run("hi", request_id="once")
+        started = (await store.start_run(new, claim=True)).run
+        assert (await store.start_run(new, claim=True)).replayed
+        assert contents((await store.append_events(key_of(started), said("one"))).events) == ["one"]
+
+    with_store(stores, check)
+
+
 def test_request_that_is_being_written_is_known(stores: Stores) -> None:
     """Who asks for it in the moment of its write learns what it gave, and a stranger of its id is refused."""
 
