@@ -8,6 +8,7 @@ executed here is held by a lease, which is renewed; what others held and lost is
 import asyncio
 import logging
 import math
+import random
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -475,8 +476,9 @@ class Executor:
 
 
 async def _repeat(seconds: float, act: Callable[[], Awaitable[object]]) -> None:
+    """Act a little more often than asked, which leaves time to do it; processes do not stay in step."""
     while True:
-        await asyncio.sleep(seconds)
+        await asyncio.sleep(seconds * random.uniform(0.7, 0.9))  # noqa: S311 - no secret
         with suppress(StoreUnavailable):  # there is a next time
             await act()
 
