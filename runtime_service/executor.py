@@ -10,7 +10,6 @@ import logging
 import math
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -479,8 +478,13 @@ async def _repeat(seconds: float, act: Callable[[], Awaitable[object]]) -> None:
     """Act a little more often than asked, which leaves time to do it; processes do not stay in step."""
     while True:
         await asyncio.sleep(seconds * random.uniform(0.7, 0.9))  # noqa: S311 - no secret
-        with suppress(StoreUnavailable):  # there is a next time
+        try:
             await act()
+        except StoreUnavailable:
+            continue  # there is a next time
+        except Exception:
+            # Without it, turns would be lost, or stay lost.
+            log.exception("what is done again and again failed; it is tried again")
 
 
 def _ignore(_: asyncio.Future[Change]) -> None:
