@@ -235,9 +235,10 @@ class Batch:
                 self._rows[run_id] = _Row(asked.run, asked, has_draft=False)
             case Extend() | SaveDraft():
                 run_id = asked.key.run_id
-                if run_id in self._run_ids:
-                    return False
-                if (row := self._rows.get(run_id) or self._held_row(asked.key)) is None:
+                row = self._rows.get(run_id)
+                if run_id in self._run_ids or (row is not None and row.start is not None and run_id in self._held):
+                    return False  # of a start that comes again: what is held is none of its own
+                if (row := row or self._held_row(asked.key)) is None:
                     asked.lose()
                 else:
                     row.add(asked)

@@ -123,6 +123,24 @@ def test_a_short_run_takes_one_batch(stores: PostgresStores) -> None:
     run_async(main())
 
 
+def test_start_that_comes_again_does_not_lose_what_its_turn_writes_meanwhile(stores: PostgresStores) -> None:
+    """The writes of the turn that this process holds come behind the start, and are of their turn."""
+
+    async def main() -> None:
+        async with stores.open() as store:
+            new = new_run()
+            run = (await store.start_run(new, claim=True)).run
+            again, extended, _ = await asyncio.gather(
+                store.start_run(new, claim=True),
+                store.append_events(key_of(run), said("a")),
+                store.save_draft(key_of(run), "half"),
+            )
+            assert (again.replayed, again.run.last_sequence, extended.run.last_sequence) == (True, 1, 2)
+            assert contents(await log_of(store, new.id)) == ["hello", "a"]
+
+    run_async(main())
+
+
 def test_write_that_is_refused_does_not_hurt_its_batch(stores: PostgresStores) -> None:
     """A domain error, and a text that no database takes, fail alone; nothing of them is there."""
 

@@ -16,6 +16,7 @@ from runtime_service.config import SettingError
 from runtime_service.errors import StoreUnavailable
 from runtime_service.executor import ExecutorLimits
 from runtime_service.server import RuntimeServer
+from runtime_service.store.base import ATTEMPT_BEGINS
 from runtime_service.store.sqlite import SQLiteStore
 from tests.integration.doors import (
     METADATA,
@@ -91,7 +92,7 @@ def test_stop_tells_followers_that_it_is_draining(service: Service) -> None:
         gate[-1].set()
         async with service.open() as client:
             rest = await client.watch(run, after_sequence=2)
-            assert contents_of(rest) == ["half", "one", "re: hi"]
+            assert contents_of(rest) == ["half", ATTEMPT_BEGINS.format(attempt=1), "one", "re: hi"]
 
     in_loop(main())
 
