@@ -252,7 +252,7 @@ MANY = """
 INSERT INTO acp.runs
 SELECT n, 'run_' || n, 'default', 'assistant', NULL, NULL, n, n, 2, 2, 1,
        CASE WHEN n % 2 = 0 THEN 'completed' ELSE 'queued' END
-FROM generate_series(1000, 21000) AS n;
+FROM generate_series(1000, 61000) AS n;
 INSERT INTO acp.turns (run_key, number, organization, server_id, status, mode, input, first_sequence, created_at_ms,
                        attempt, epoch, ready)
 SELECT run_key, 1, organization, server_id, status, 'sync', 'hello', 1, run_key, 0, 0, true
@@ -260,9 +260,9 @@ FROM acp.runs WHERE run_key >= 1000;
 INSERT INTO acp.events (run_key, sequence, turn, role, content, created_at_ms)
 SELECT run_key, n, 1, 'assistant', 'text', 1 FROM acp.runs, generate_series(1, 2) AS n WHERE run_key >= 1000;
 INSERT INTO acp.requests SELECT 'default', id, '', run_key, 1, run_key FROM acp.runs WHERE run_key >= 1000;
-SELECT setval('acp.run_keys', 30000);
+SELECT setval('acp.run_keys', 70000);
 """
-PAGES = 600  # that a batch may look at; the tables have some thousands
+PAGES = 600  # that a batch may look at; who looks at all runs of a server looks at twice as many and more
 
 
 async def pages_of(connection: asyncpg.Connection, query: str, *arguments: object) -> int:
@@ -313,6 +313,7 @@ def test_cost_does_not_grow_with_what_is_stored(stores: PostgresStores) -> None:
             run_id = news[0].id
             read = {name: QUERIES[name] for name in ("get_run", "read_events", "read_messages", "is_claimable")}
             pages["get_run"] = await pages_of(connection, read["get_run"], run_id, ORGANIZATION, SERVER, None)
+            pages["run_key"] = await pages_of(connection, QUERIES["run_key"], run_id, ORGANIZATION, SERVER)
             pages["read_events"] = await pages_of(connection, read["read_events"], run_id, 0, 100, ALL)
             pages["read_messages"] = await pages_of(connection, read["read_messages"], run_id, 9, 100)
             pages["is_claimable"] = await pages_of(connection, read["is_claimable"])

@@ -21,11 +21,14 @@ SELECT EXISTS (SELECT FROM acp.turns WHERE status = 'queued' AND ready)
 SELECT count(*) FROM acp.turns WHERE status = 'queued'
 
 -- name: get_run
+-- By the id alone first: with the server's, too, it might be looked for among all runs of the server.
 SELECT * FROM acp.shown_runs
-WHERE id = $1 AND organization = $2 AND server_id = $3 AND number = coalesce($4, last_turn)
+WHERE run_key = (SELECT run_key FROM acp.runs WHERE id = $1) AND organization = $2 AND server_id = $3
+  AND number = coalesce($4, last_turn)
 
 -- name: run_key
-SELECT run_key FROM acp.runs WHERE id = $1 AND organization = $2 AND server_id = $3
+SELECT run_key FROM acp.runs
+WHERE run_key = (SELECT run_key FROM acp.runs WHERE id = $1) AND organization = $2 AND server_id = $3
 
 -- name: latest_turns
 -- Of all runs, or of those of which the latest turn has the status {status}: for nearly all.

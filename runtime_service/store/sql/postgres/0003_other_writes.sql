@@ -36,8 +36,8 @@ CREATE FUNCTION acp.release_turn(p_replica text, p jsonb) RETURNS jsonb LANGUAGE
 DECLARE
     turn acp.turns;
 BEGIN
-    SELECT t.* INTO turn FROM acp.runs r JOIN acp.turns t ON t.run_key = r.run_key
-    WHERE r.id = p->>'id' AND t.number = (p->>'number')::integer;
+    SELECT * INTO turn FROM acp.turns t
+    WHERE t.run_key = (SELECT r.run_key FROM acp.runs r WHERE r.id = p->>'id') AND t.number = (p->>'number')::integer;
     IF turn.holder IS DISTINCT FROM p_replica OR turn.epoch <> (p->>'epoch')::integer THEN
         RETURN '{"missing": true}';
     END IF;
@@ -194,9 +194,9 @@ BEGIN
     RETURN jsonb_build_object('lost', coalesce((
         SELECT jsonb_agg(a.id)
         FROM jsonb_to_recordset(p->'turns') AS a (id text, number integer, epoch integer)
-        WHERE NOT EXISTS (
-            SELECT FROM acp.runs r JOIN acp.turns t ON t.run_key = r.run_key
-            WHERE r.id = a.id AND t.number = a.number AND t.epoch = a.epoch AND t.holder = p_replica
+        WHERE a.epoch IS DISTINCT FROM (
+            SELECT CASE WHEN t.holder = p_replica THEN t.epoch END FROM acp.turns t
+            WHERE t.run_key = (SELECT r.run_key FROM acp.runs r WHERE r.id = a.id) AND t.number = a.number
         )
     ), '[]'));
 END
