@@ -1,14 +1,18 @@
 """Places that hold runs, one class a kind of store, so that one suite asks the same of each."""
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+
+import apsw
 
 from runtime_service.store.base import RunStore
 from runtime_service.store.postgres import PostgresStore
 from runtime_service.store.sqlite import SQLiteStore
+from runtime_service.store.sqlite_rows import QUERIES
 from tests.postgres import fresh_database, session_server
+from tests.support import run_async
 
 
 class Stores(ABC):
@@ -38,6 +42,14 @@ class SQLiteStores(Stores):
         """Open the file."""
         return await SQLiteStore.open(self.path)
 
+    def plan_of(self, query: str, *bindings: object) -> list[str]:
+        """The steps by which a query of the store is answered."""
+        connection = apsw.Connection(str(self.path))
+        try:
+            return [row[3] for row in connection.execute("EXPLAIN QUERY PLAN " + QUERIES[query], bindings)]
+        finally:
+            connection.close()
+
 
 class PostgresStores(Stores):
     """A PostgreSQL database."""
@@ -57,3 +69,13 @@ class PostgresStores(Stores):
 
 KINDS: dict[str, Callable[[Path], Stores]] = {"sqlite": SQLiteStores, "postgresql": lambda _: PostgresStores()}
 """By the name of a kind, what makes a place of it; a folder is given to it."""
+
+
+def with_store(stores: Stores, check: Callable[[RunStore], Awaitable[None]]) -> None:
+    """Run `check` with an open store."""
+
+    async def main() -> None:
+        async with stores.open() as store:
+            await check(store)
+
+    run_async(main())

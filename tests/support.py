@@ -156,6 +156,11 @@ def cancel_of(run: Run | NewRun, *, request_id: str | None = None) -> Cancel:
     return Cancel(run.organization, run.server_id, run.id, request)
 
 
+async def running(store: RunStore, text: str = "hello") -> Run:
+    """A run whose turn 1 is running."""
+    return (await store.start_run(new_run(text), claim=True)).run
+
+
 def key_of(run: Run) -> TurnKey:
     """The key under which the turn shown may be written to."""
     return TurnKey(run.id, run.turn.number, run.turn.epoch)
@@ -171,6 +176,16 @@ async def log_of(store: RunStore, run_id: str) -> list[RunEvent]:
     events = await store.read_events(run_id, 0, ALL, ALL)
     assert [event.sequence for event in events] == list(range(1, len(events) + 1))
     return events
+
+
+async def snapshot(store: RunStore, run: Run) -> object:
+    """All that can be read of a run."""
+    latest = await store.get_run(run.organization, run.server_id, run.id)
+    turns = [
+        await store.get_run(run.organization, run.server_id, run.id, number)
+        for number in range(1, latest.last_turn + 1)
+    ]
+    return latest, turns, await log_of(store, run.id)
 
 
 def contents(events: list[RunEvent] | tuple[RunEvent, ...]) -> list[str]:

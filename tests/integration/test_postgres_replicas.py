@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from runtime_service.errors import StoreUnavailable
-from runtime_service.runs import Run, RunStatus
+from runtime_service.runs import RunStatus
 from runtime_service.store import postgres_listener
 from runtime_service.store.base import ATTEMPT_BEGINS, Change, Outcome, TurnLost
 from runtime_service.store.postgres import PostgresStore
@@ -28,6 +28,7 @@ from tests.support import (
     new_run,
     next_turn,
     run_async,
+    running,
     said,
 )
 
@@ -83,11 +84,6 @@ async def replicas(stores: PostgresStores, count: int = 2) -> AsyncIterator[list
     finally:
         for store in opened:
             await store.close()
-
-
-async def running(store: PostgresStore, text: str = "hello") -> Run:
-    """A run whose turn 1 is running."""
-    return (await store.start_run(new_run(text), claim=True)).run
 
 
 async def until(fact: Callable[[], Awaitable[bool]]) -> None:

@@ -1,36 +1,28 @@
-"""What every RunStore promises, and what the embedded one does when its file fails it."""
+"""What every RunStore promises, of whatever kind."""
 
 import asyncio
-import sqlite3
 from collections.abc import Awaitable, Callable
-from pathlib import Path
-from typing import Any
 
-import apsw
-import msgspec
 import pytest
 
 from runtime_service.errors import InvalidRequest, RequestIdReused, RunNotFound, RunServiceError, StoreUnavailable
-from runtime_service.runs import EventDraft, EventRole, LogLevel, Run, RunMode, RunStatus, now_ms
-from runtime_service.store.base import ATTEMPT_BEGINS, Cancel, Change, Deleted, Outcome, RunStore, TurnKey, TurnLost
-from runtime_service.store.sqlite_deletions import OldRuns, old_runs
-from runtime_service.store.sqlite_rows import QUERIES
-from tests.stores import KINDS, SQLiteStores, Stores
+from runtime_service.runs import EventDraft, EventRole, LogLevel, RunMode, RunStatus
+from runtime_service.store.base import ATTEMPT_BEGINS, Cancel, Change, Outcome, RunStore, TurnKey, TurnLost
+from tests.stores import Stores, with_store
 from tests.support import (
     ALL,
     ORGANIZATION,
     SERVER,
-    Disk,
     cancel_of,
     contents,
-    eventually,
     key_of,
     log_of,
     new_run,
     next_turn,
     run_async,
+    running,
     said,
-    write_lock,
+    snapshot,
 )
 
 COMPLETED = Outcome(RunStatus.COMPLETED, output="done")
@@ -39,46 +31,6 @@ OUTCOMES = [
     Outcome(RunStatus.COMPLETED),
     Outcome(RunStatus.FAILED, output="so far", error="It broke.", error_code="AGENT_FAILED"),
 ]
-
-
-@pytest.fixture(params=KINDS)
-def stores(request: pytest.FixtureRequest, tmp_path: Path) -> Stores:
-    """A place of each kind."""
-    return KINDS[request.param](tmp_path)
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> SQLiteStores:
-    """A SQLite file."""
-    return SQLiteStores(tmp_path)
-
-
-Check = Callable[[RunStore], Awaitable[None]]
-
-
-def with_store(stores: Stores, check: Check) -> None:
-    """Run `check` with an open store."""
-
-    async def main() -> None:
-        async with stores.open() as store:
-            await check(store)
-
-    run_async(main())
-
-
-async def running(store: RunStore, text: str = "hello") -> Run:
-    """A run whose turn 1 is running."""
-    return (await store.start_run(new_run(text), claim=True)).run
-
-
-async def snapshot(store: RunStore, run: Run) -> object:
-    """All that can be read of a run."""
-    latest = await store.get_run(run.organization, run.server_id, run.id)
-    turns = [
-        await store.get_run(run.organization, run.server_id, run.id, number)
-        for number in range(1, latest.last_turn + 1)
-    ]
-    return latest, turns, await log_of(store, run.id)
 
 
 def never(_: str) -> bool:
@@ -828,6 +780,28 @@ def test_list_runs_refuses_a_token_that_is_not_ours(stores: Stores, token: str) 
     with_store(stores, check)
 
 
+def test_page_of_runs_ends_by_size(stores: Stores) -> None:
+    """A page stops before what its runs hold is too much, and the next one goes on behind it."""
+
+    async def main() -> None:
+        async with stores.open() as store:
+            started = [await store.start_run(new_run("x" * 1_000), claim=True) for _ in range(5)]
+            seen: list[str] = []
+            token = None
+            while True:
+                page = await store.list_runs(
+                    ORGANIZATION, SERVER, status=None, token=token, limit=50, limit_characters=2_500
+                )
+                assert 1 <= len(page.runs) <= 2
+                seen += [run.id for run in page.runs]
+                token = page.next_token
+                if token is None:
+                    break
+            assert seen == [change.run.id for change in reversed(started)]
+
+    run_async(main())
+
+
 def test_read_events_stops_at_the_limits(stores: Stores) -> None:
     """By number and by bytes of UTF-8, but never without an event where there is one."""
 
@@ -876,148 +850,6 @@ def test_read_messages_tells_the_thread_turn_by_turn(stores: Stores) -> None:
     with_store(stores, check)
 
 
-# Deleting
-
-
-async def delete_all(store: RunStore, before_ms: int, limit: int = 100) -> Deleted:
-    """Delete until nothing is left to delete; return how much that was."""
-    total = Deleted(0, 0, 0)
-    while any(deleted := await store.delete_runs(before_ms, limit)):
-        total = Deleted(*(a + b for a, b in zip(total, deleted, strict=True)))
-    return total
-
-
-async def later(than_ms: int) -> int:
-    """A time by which everything until now was before."""
-    await eventually(lambda: now_ms() > than_ms)
-    return now_ms()
-
-
-def test_delete_runs_deletes_what_was_not_used_since(stores: Stores) -> None:
-    """Settled runs whose last write was before; not one that is open, was resumed, or is younger."""
-
-    async def main() -> None:
-        async with stores.open() as store:
-            completed, failed, cancelled, resumed, open_run = [await running(store) for _ in range(5)]
-            queued = (await store.start_run(new_run(), claim=False)).run
-            other = (await store.start_run(new_run(organization="other"), claim=True)).run
-            await store.finish_turn(key_of(other), [], COMPLETED)
-            await store.finish_turn(key_of(completed), said("one", "two"), COMPLETED)
-            second = (await store.continue_run(next_turn(completed, request_id="once"), claim=True)).run
-            await store.finish_turn(key_of(second), said("three"), COMPLETED)
-            await store.finish_turn(key_of(failed), [], OUTCOMES[2])
-            await store.cancel_run(cancel_of(cancelled), [], None)
-            await store.finish_turn(key_of(resumed), [], COMPLETED)
-            before_ms = await later(now_ms())
-            again = (await store.continue_run(next_turn(resumed), claim=True)).run
-            await store.finish_turn(key_of(again), [], COMPLETED)
-            young = await running(store)
-            await store.finish_turn(key_of(young), [], COMPLETED)
-            kept = [resumed, open_run, queued, young]
-            before = [await snapshot(store, run) for run in kept]
-            assert await delete_all(store, before_ms) == Deleted(runs=4, turns=5, events=9)
-            assert await store.delete_runs(before_ms, 100) == Deleted(0, 0, 0)
-            assert [await snapshot(store, run) for run in kept] == before
-            await store.append_events(key_of(open_run), said("goes on"))
-        async with stores.open() as store:
-            for run in (completed, failed, cancelled, other):
-                with pytest.raises(RunNotFound):
-                    await store.get_run(run.organization, SERVER, run.id)
-                with pytest.raises(RunNotFound):
-                    await store.continue_run(next_turn(run), claim=True)
-                assert await store.read_events(run.id, 0, ALL, ALL) == []
-                assert await store.read_messages(run.id, 9, ALL) == []
-            page = await store.list_runs(ORGANIZATION, SERVER, status=None, token=None, limit=ALL)
-            assert {run.id for run in page.runs} == {run.id for run in kept}
-            # A request of a run that is gone is none that was made.
-            assert not (await store.continue_run(next_turn(young, request_id="once"), claim=False)).replayed
-
-    run_async(main())
-
-
-def test_delete_runs_takes_the_earliest_first_in_batches(stores: Stores) -> None:
-    """Each batch is about as large as it may be, and a later one goes on behind it."""
-
-    async def check(store: RunStore) -> None:
-        runs = [await running(store) for _ in range(12)]
-        for run in runs:
-            await store.finish_turn(key_of(run), said(*"abcdefgh"), COMPLETED)
-        before_ms = await later(now_ms())
-        batches = []
-        while any(deleted := await store.delete_runs(before_ms, 33)):
-            batches.append(deleted)
-            page = await store.list_runs(ORGANIZATION, SERVER, status=None, token=None, limit=ALL)
-            gone = sum(batch.runs for batch in batches)
-            assert [run.id for run in page.runs] == [run.id for run in runs[gone:]][::-1]
-        assert all(sum(batch) <= 33 for batch in batches)
-        assert 4 <= len(batches) <= 6
-        assert [sum(each) for each in zip(*batches, strict=True)] == [12, 12, 12 * 9]
-
-    with_store(stores, check)
-
-
-def test_delete_runs_deletes_a_long_run_piece_by_piece(stores: Stores) -> None:
-    """It is gone with the first piece; what is accepted meanwhile, also after a crash, has nothing to do with it."""
-
-    async def main() -> None:
-        async with stores.open() as store:
-            run = await running(store)
-            await store.finish_turn(key_of(run), said(*"x" * 250), COMPLETED)
-            before_ms = await later(now_ms())
-            first = await store.delete_runs(before_ms, 100)
-            assert (first.runs, sum(first)) == (1, 100)
-            with pytest.raises(RunNotFound):
-                await store.get_run(ORGANIZATION, SERVER, run.id)
-            assert await store.read_events(run.id, 0, ALL, ALL) == []
-        async with stores.open() as store:
-            other = await running(store, "other")
-            second = await store.delete_runs(before_ms, 100)
-            assert (second.runs, sum(second)) == (0, 100)
-            rest = await delete_all(store, before_ms)
-            assert Deleted(1, first.turns + second.turns + rest.turns, first.events + second.events + rest.events) == (
-                Deleted(1, 1, 251)
-            )
-            assert contents(await log_of(store, other.id)) == ["other"]
-            await store.append_events(key_of(other), said("goes on"))
-
-    run_async(main())
-
-
-def test_delete_runs_takes_fewer_rows_where_they_are_large(stores: Stores) -> None:
-    """A batch is bounded by what its rows hold, too, but it takes at least one."""
-
-    async def check(store: RunStore) -> None:
-        run = await running(store)
-        await store.finish_turn(key_of(run), said(*["x" * 100_000] * 20), COMPLETED)
-        before_ms = await later(now_ms())
-        batches = []
-        while any(deleted := await store.delete_runs(before_ms, 60)):
-            batches.append(deleted.events)
-        assert max(batches) <= 4
-        assert sum(batches) == 21
-        run = await running(store)
-        await store.finish_turn(key_of(run), said("x" * 100_000), COMPLETED)
-        assert await delete_all(store, await later(now_ms()), limit=1) == Deleted(1, 1, 2)
-
-    with_store(stores, check)
-
-
-def test_delete_requests_forgets_those_made_before(stores: Stores) -> None:
-    """So many at once, in whatever order they were made; the others are known still."""
-
-    async def check(store: RunStore) -> None:
-        news = [msgspec.structs.replace(new_run(request_id=str(n)), created_at_ms=n) for n in range(1, 8)]
-        for new in reversed(news):
-            await store.start_run(new, claim=True)
-        assert [await store.delete_requests(6, 2) for _ in range(4)] == [2, 2, 1, 0]
-        assert [await store.get_requested(new) is not None for new in news] == [False] * 5 + [True] * 2
-        assert await store.delete_requests(8, 1) == 1
-        assert sorted([await store.get_requested(new) is not None for new in news[5:]]) == [False, True]
-        assert not (await store.start_run(new_run(request_id="1"), claim=False)).replayed
-
-    with_store(stores, check)
-
-
 # Durability
 
 
@@ -1057,499 +889,7 @@ def test_close_finishes_what_was_asked_for(stores: Stores) -> None:
     run_async(main())
 
 
-def test_a_cancelled_caller_does_not_undo_its_write(file: SQLiteStores, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The task that waits is cancelled while the commit is under way; the run is there, and the next write works."""
-    disk = Disk(monkeypatch)
-
-    async def main() -> None:
-        async with file.open() as store:
-            new = new_run()
-
-            async def start() -> None:
-                await store.start_run(new, claim=True)
-
-            with disk.held():
-                waiting = asyncio.create_task(start())
-                await eventually(lambda: disk.holding)
-                waiting.cancel()
-                with pytest.raises(asyncio.CancelledError):
-                    await waiting
-            await running(store)
-            assert (await store.get_run(ORGANIZATION, SERVER, new.id)).status is RunStatus.RUNNING
-
-    run_async(main())
-
-
-# The SQLite file
-
-
-def test_sqlite_writers_share_commits(file: SQLiteStores, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What waits while a commit is under way goes into the next one, whatever kind of write it is."""
-    disk = Disk(monkeypatch)
-
-    async def main() -> None:
-        async with file.open() as store:
-            run = await running(store)
-            before = disk.commits
-            with disk.held():
-                first = asyncio.ensure_future(store.start_run(new_run(), claim=False))
-                await eventually(lambda: disk.holding)
-                writes = [store.start_run(new_run(str(n)), claim=bool(n % 2)) for n in range(300)]
-                appends = [store.append_events(key_of(run), said(str(n))) for n in range(300)]
-            await asyncio.gather(first, *writes, *appends)
-            assert disk.commits - before <= 10
-            assert contents(await log_of(store, run.id))[1:] == [str(n) for n in range(300)]
-
-    run_async(main())
-
-
-@pytest.mark.parametrize("constraint", [True, False])
-def test_sqlite_write_that_is_refused_does_not_hurt_its_batch(
-    file: SQLiteStores, monkeypatch: pytest.MonkeyPatch, constraint: bool
-) -> None:
-    """A domain error, a broken constraint and an unstorable text fail alone; nothing of them is there."""
-    disk = Disk(monkeypatch)
-
-    async def main() -> None:
-        async with file.open() as store:
-            run = await running(store)
-            news = [new_run(str(n)) for n in range(4)]
-            again = news[0] if constraint else new_run()
-            with disk.held():
-                store.start_run(new_run(organization="other"), claim=True)
-                await eventually(lambda: disk.holding)
-                writes = [
-                    store.start_run(news[0], claim=False),
-                    store.append_events(TurnKey(run.id, 1, 9), said("wrong epoch")),
-                    store.start_run(news[1], claim=False),
-                    store.start_run(again, claim=True),
-                    store.append_events(key_of(run), said("kept")),
-                    store.append_events(key_of(run), said("x", "\ud800")),
-                    store.finish_turn(key_of(run), said("\ud800"), COMPLETED),
-                    store.start_run(new_run("\ud800"), claim=False),
-                    store.continue_run(next_turn(news[3]), claim=False),
-                    store.start_run(news[2], claim=False),
-                ]
-            results = await asyncio.gather(*writes, return_exceptions=True)
-            kinds = [type(result).__name__ for result in results]
-            assert kinds == [
-                "Change",
-                "TurnLost",
-                "Change",
-                "StoreUnavailable" if constraint else "Change",
-                "Change",
-                "UnicodeEncodeError",
-                "UnicodeEncodeError",
-                "UnicodeEncodeError",
-                "RunNotFound",
-                "Change",
-            ]
-            assert await store.count_queued() == 3
-            runs = await store.list_runs(ORGANIZATION, SERVER, status=RunStatus.QUEUED, token=None, limit=ALL)
-            assert {each.id for each in runs.runs} == {new.id for new in news[:3]}
-            assert contents(await log_of(store, run.id)) == ["hello", "kept"]
-            after = await store.get_run(ORGANIZATION, SERVER, run.id)
-            assert (after.status, after.last_sequence) == (RunStatus.RUNNING, 2)
-
-    run_async(main())
-
-
-@pytest.mark.parametrize("failure", ["full", "read-only", "commit", "locked"])
-def test_sqlite_that_takes_no_writes_is_store_unavailable(
-    file: SQLiteStores, monkeypatch: pytest.MonkeyPatch, failure: str
-) -> None:
-    """The caller may try again; nothing of the write is there, reads go on, and the next write works."""
-    disk = Disk(monkeypatch)
-
-    async def main() -> None:
-        async with file.open() as store:
-            run = await running(store)
-            before = await snapshot(store, run)
-            writer = disk.writer
-            pages = writer.pragma("page_count")
-            match failure:
-                case "full":
-                    writer.pragma("max_page_count", pages)
-                case "read-only":
-                    writer.pragma("query_only", True)
-                case "commit":
-                    disk.refuse = 10
-                case "locked":
-                    monkeypatch.setattr("runtime_service.store.group_commit._BUSY_MS", 1)
-            lock = write_lock(file.path) if failure == "locked" else None
-            if lock is not None:
-                lock.__enter__()
-            writes = [store.append_events(key_of(run), said("x" * 100_000)) for _ in range(4)]
-            for result in await asyncio.gather(*writes, return_exceptions=True):
-                assert isinstance(result, StoreUnavailable)
-                assert result.retry_after_seconds is not None
-            assert await snapshot(store, run) == before
-            assert not store.is_available
-            if failure != "full":  # a file that holds no more may take a change that needs no more room
-                with pytest.raises(StoreUnavailable):
-                    await store.renew()
-            if lock is not None:
-                lock.__exit__(None, None, None)
-            writer.pragma("max_page_count", 1 << 30)
-            writer.pragma("query_only", False)
-            disk.refuse = 0
-            await store.renew()
-            assert store.is_available
-            assert (await store.append_events(key_of(run), said("x" * 100_000))).events[0].sequence == 2
-
-    run_async(main())
-
-
-def test_sqlite_read_that_fails_is_store_unavailable(file: SQLiteStores, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The message says that the store cannot be read, and no more."""
-    monkeypatch.setattr("runtime_service.store.sqlite._READERS", 1)
-    disk = Disk(monkeypatch)
-
-    async def main() -> None:
-        async with file.open() as store:
-            run = await running(store)
-            await store.get_run(ORGANIZATION, SERVER, run.id)
-            for connection in disk.connections:
-                if connection is not disk.writer:
-                    connection.interrupt()
-                    connection.set_progress_handler(lambda: True, 1)
-            with pytest.raises(StoreUnavailable, match="cannot be read"):
-                await store.get_run(ORGANIZATION, SERVER, run.id)
-            for connection in disk.connections:
-                connection.set_progress_handler(None)
-            assert (await store.get_run(ORGANIZATION, SERVER, run.id)) == run
-
-    run_async(main())
-
-
-def test_sqlite_second_opener_is_refused(file: SQLiteStores) -> None:
-    """One file, one runtime service; the message says what to do, and the first goes on."""
-
-    async def main() -> None:
-        async with file.open() as store:
-            with pytest.raises(StoreUnavailable, match="in use by another runtime service") as caught:
-                await file.connect()
-            assert str(file.path) in caught.value.message
-            await running(store)
-        async with file.open() as store:
-            await running(store)
-
-    run_async(main())
-
-
-def test_sqlite_of_another_schema_is_refused_untouched(file: SQLiteStores) -> None:
-    """A newer program's file is left alone, and can be opened by nobody else's fault afterwards."""
-
-    async def main() -> None:
-        async with file.open() as store:
-            run = await running(store)
-        with sqlite3.connect(file.path) as connection:
-            connection.execute("PRAGMA user_version = 7")
-        connection.close()
-        with pytest.raises(StoreUnavailable, match=r"schema version 7; this program knows version 3") as caught:
-            await file.connect()
-        assert str(file.path) in caught.value.message
-        with sqlite3.connect(file.path) as connection:
-            connection.execute("PRAGMA user_version = 3")
-        connection.close()
-        async with file.open() as store:
-            assert await store.get_run(ORGANIZATION, SERVER, run.id) == run
-
-    run_async(main())
-
-
-OLDER_SCHEMAS = {
-    2: """
-        DROP TABLE requests;
-        DROP TABLE deleted_runs;
-        ALTER TABLE turns ADD COLUMN request_id TEXT;
-        CREATE INDEX turns_by_request ON turns (request_id) WHERE request_id IS NOT NULL;
-        PRAGMA user_version = 2;
-    """,
-    1: """
-        DROP INDEX turns_by_request;
-        ALTER TABLE turns DROP COLUMN request_id;
-        PRAGMA user_version = 1;
-    """,
-}
-"""How a file becomes one of an older version, each step from the version behind it."""
-
-
-def shape(path: Path) -> object:
-    """The tables of a file with their columns, and the indexes."""
-    with sqlite3.connect(path) as connection:
-        names = list(connection.execute("SELECT type, name, tbl_name FROM sqlite_schema ORDER BY name"))
-        columns = {name: list(connection.execute(f"PRAGMA table_xinfo({name})")) for _, name, _ in names}
-    connection.close()
-    return names, columns
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_sqlite_of_an_older_version_is_upgraded(file: SQLiteStores, version: int) -> None:
-    """Runs that it holds are there, can be continued, and its tables are those of a new file."""
-
-    async def main() -> None:
-        async with file.open() as store:
-            run = await running(store)
-        new = shape(file.path)
-        with sqlite3.connect(file.path) as connection:
-            for older in range(2, version - 1, -1):
-                connection.executescript(OLDER_SCHEMAS[older])
-        connection.close()
-        assert shape(file.path) != new
-        async with file.open() as store:
-            assert await store.get_run(ORGANIZATION, SERVER, run.id) == run
-            asked = next_turn(run, request_id="once")
-            assert (await store.continue_run(asked, claim=True)).run.turn.number == 2
-            assert (await store.continue_run(asked, claim=True)).replayed
-        assert shape(file.path) == new
-
-    run_async(main())
-
-
-def test_sqlite_of_version_2_keeps_its_requests(file: SQLiteStores) -> None:
-    """Each is known in its organization and shows the turn that it opened, whatever it had asked for."""
-
-    async def main() -> None:
-        async with file.open() as store:
-            run = await running(store)
-            await store.continue_run(next_turn(run), claim=True)
-            other = (await store.start_run(new_run(organization="other"), claim=True)).run
-        with sqlite3.connect(file.path) as connection:
-            connection.executescript(OLDER_SCHEMAS[2])
-            connection.execute("UPDATE turns SET request_id = 'a' WHERE run_key = 1 AND number = 1")
-            connection.execute("UPDATE turns SET request_id = 'b' WHERE run_key = 1 AND number = 2")
-            connection.execute("UPDATE turns SET request_id = 'a' WHERE run_key = 2")
-        connection.close()
-        async with file.open() as store:
-            first = await store.start_run(new_run("any", request_id="a"), claim=True)
-            assert first == Change(await store.get_run(ORGANIZATION, SERVER, run.id, 1), replayed=True)
-            second = await store.continue_run(next_turn(run, "any", request_id="b"), claim=True)
-            assert second == Change(await store.get_run(ORGANIZATION, SERVER, run.id, 2), replayed=True)
-            assert (await store.start_run(new_run(organization="other", request_id="a"), claim=True)).run == other
-            assert await store.delete_requests(now_ms() + 1, 10) == 3
-
-    run_async(main())
-
-
-def plan_of(file: SQLiteStores, query: str, *bindings: object) -> list[str]:
-    """The steps by which a query is answered."""
-    connection = apsw.Connection(str(file.path))
-    try:
-        return [row[3] for row in connection.execute("EXPLAIN QUERY PLAN " + QUERIES[query], bindings)]
-    finally:
-        connection.close()
-
-
-def test_sqlite_finds_a_request_by_its_id(file: SQLiteStores) -> None:
-    """Not by looking at every run of the organization."""
-
-    async def main() -> None:
-        async with file.open() as store:
-            await running(store)
-
-    run_async(main())
-    assert plan_of(file, "requested_turn", "default", "once") == [
-        "SEARCH requests USING INDEX sqlite_autoindex_requests_1 (organization=? AND request_id=?)",
-        "SEARCH runs USING COVERING INDEX sqlite_autoindex_runs_1 (id=?)",
-    ]
-
-
-def test_sqlite_file_that_is_none_is_refused(file: SQLiteStores) -> None:
-    """Something else under the store's name is not overwritten."""
-    file.path.parent.mkdir()
-    file.path.write_bytes(b"no database at all" * 1000)
-    with pytest.raises(StoreUnavailable, match="cannot be opened as the run store"):
-        run_async(file.connect())
-    assert file.path.read_bytes().startswith(b"no database at all")
-
-
-def test_sqlite_holds_more_writes_than_one_transaction_takes(file: SQLiteStores) -> None:
-    """A flood of writes is served whole and in order, a bounded number a transaction."""
-
-    async def main() -> None:
-        async with file.open() as store:
-            run = await running(store)
-            done = 0
-
-            async def append(n: int) -> None:
-                nonlocal done
-                await store.append_events(key_of(run), said(str(n)))
-                done += 1
-
-            tasks = [asyncio.create_task(append(n)) for n in range(2_500)]
-            await eventually(lambda: done == len(tasks))
-            assert contents(await log_of(store, run.id))[1:] == [str(n) for n in range(2_500)]
-
-    run_async(main())
-
-
-def test_sqlite_deletes_runs_behind_many_that_stay(file: SQLiteStores, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that are old but in use are passed over a page at a time; those from a wrong clock hold up nothing."""
-    monkeypatch.setattr("runtime_service.store.sqlite_deletions._PAGE_RUNS", 3)
-    pages: list[OldRuns] = []
-
-    def look(*where: Any, **what: Any) -> OldRuns:
-        pages.append(old_runs(*where, **what))
-        return pages[-1]
-
-    monkeypatch.setattr("runtime_service.store.sqlite_deletions.old_runs", look)
-
-    async def main() -> None:
-        async with file.open() as store:
-            for at in [1] * 8 + [1 << 50] * 2:
-                await store.start_run(msgspec.structs.replace(new_run(), created_at_ms=at), claim=False)
-            old = await running(store)
-            await store.finish_turn(key_of(old), [], COMPLETED)
-            before_ms = await later(now_ms())
-            for _ in range(40):
-                await running(store)
-            assert await delete_all(store, before_ms, 1) == Deleted(1, 1, 1)
-            # Its run, its event, its turn, nothing: each looks no further than a page of young ones.
-            assert [page.last_key for page in pages] == [3, 6, 9, 11, 14, 17, 20]
-            for _ in range(2):
-                # From the first run again: one of those that were passed over is in use no more.
-                (change,) = await store.claim_turns(1)
-                await store.finish_turn(key_of(change.run), [], COMPLETED)
-                assert (await delete_all(store, 1 << 49, 1)).runs == 1
-            assert await store.count_queued() == 8
-
-    run_async(main())
-
-
-def test_sqlite_run_that_is_deleted_while_it_is_read_is_not_found(
-    file: SQLiteStores, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A read finds its key first; what has gone by then is as what never was."""
-
-    async def main() -> None:
-        async with file.open() as store:
-            run = await running(store)
-            monkeypatch.setattr("runtime_service.store.sqlite_rows.run_key", lambda *_: 2)
-            with pytest.raises(RunNotFound):
-                await store.get_run(ORGANIZATION, SERVER, run.id)
-
-    run_async(main())
-
-
-def test_sqlite_looks_from_the_first_run_again_for_another_time(file: SQLiteStores) -> None:
-    """What was passed over as too young may be old by the later one."""
-
-    async def main() -> None:
-        async with file.open() as store:
-            runs = [await running(store) for _ in range(3)]
-            await store.finish_turn(key_of(runs[1]), [], COMPLETED)
-            await store.finish_turn(key_of(runs[2]), [], COMPLETED)
-            before_ms = await later(now_ms())
-            await store.finish_turn(key_of(runs[0]), [], COMPLETED)
-            assert (await store.delete_runs(before_ms, 3)).runs == 1
-            assert await delete_all(store, await later(now_ms())) == Deleted(2, 2, 2)
-
-    run_async(main())
-
-
-def test_sqlite_recovers_once_what_an_earlier_process_left(file: SQLiteStores) -> None:
-    """Until then whoever has its key may write to it; what this process has claimed since is its own."""
-
-    async def main() -> None:
-        async with file.open() as store:
-            lost, released = [await running(store) for _ in range(2)]
-        async with file.open() as store:
-            await store.append_events(key_of(lost), said("one"))
-            await store.release_turn(key_of(released), [])
-            (mine,) = await store.claim_turns(1)
-            (change,) = await store.recover(3, always)
-            assert change.run.id == lost.id
-            with pytest.raises(TurnLost):
-                await store.append_events(key_of(lost), said("two"))
-            await store.append_events(key_of(mine.run), said("goes on"))
-
-    run_async(main())
-
-
-def test_sqlite_does_not_delete_what_was_used_after_it_was_found(
-    file: SQLiteStores, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Runs are looked for outside of the transaction that deletes them."""
-    found = OldRuns([1, 2, 3], 3, ended=True)
-    monkeypatch.setattr("runtime_service.store.sqlite_deletions.old_runs", lambda *_, **__: found)
-
-    async def main() -> None:
-        async with file.open() as store:
-            runs = [await running(store) for _ in range(3)]
-            await store.finish_turn(key_of(runs[0]), [], COMPLETED)
-            before_ms = await later(now_ms())
-            await store.finish_turn(key_of(runs[1]), [], COMPLETED)
-            assert await store.delete_runs(before_ms, 100) == Deleted(1, 1, 1)
-            page = await store.list_runs(ORGANIZATION, SERVER, status=None, token=None, limit=ALL)
-            assert [run.id for run in page.runs] == [runs[2].id, runs[1].id]
-
-    run_async(main())
-
-
-def test_sqlite_holds_nothing_of_what_was_deleted(file: SQLiteStores) -> None:
-    """No row is left behind in any table, and the keys of runs that are left in pieces are not used again."""
-
-    async def main() -> None:
-        async with file.open() as store:
-            for _ in range(5):
-                run = (await store.start_run(new_run(request_id=new_run().id), claim=True)).run
-                await store.finish_turn(key_of(run), said(*"abc"), COMPLETED)
-                await store.cancel_run(cancel_of(run, request_id=new_run().id), [], None)
-            before_ms = await later(now_ms())
-            await delete_all(store, before_ms, 1)
-            while await store.delete_requests(before_ms, 3):
-                pass
-        with sqlite3.connect(file.path) as connection:
-            tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")]
-            assert len(tables) == 5
-            assert [connection.execute(f"SELECT count(*) FROM {name}").fetchone() for name in tables] == [(0,)] * 5
-        connection.close()
-
-    run_async(main())
-
-
-def test_sqlite_finds_what_is_to_be_deleted_without_a_scan(file: SQLiteStores) -> None:
-    """Requests from the first on, runs from a key on, rows of a run by its key."""
-
-    async def main() -> None:
-        async with file.open() as store:
-            await running(store)
-
-    run_async(main())
-    plan = plan_of(file, "forget_requests", 1, 1, 1)
-    assert "SEARCH requests USING INTEGER PRIMARY KEY (rowid=?)" in plan
-    assert not any("TEMP B-TREE" in step for step in plan)
-    for query in ("runs_of_age", "sizes_of_events", "sizes_of_turns", "delete_run", "delete_events", "delete_turns"):
-        bindings = (1, 1, 1)[: 3 if query == "runs_of_age" else 2]
-        (step,) = plan_of(file, query, *bindings)
-        assert step.startswith("SEARCH "), step
-        assert "PRIMARY KEY" in step
-
-
 def test_every_refusal_of_a_store_is_a_domain_error() -> None:
     """Callers need to know no database to handle what a store raises."""
     for kind in (InvalidRequest, RunNotFound, StoreUnavailable):
         assert issubclass(kind, RunServiceError)
-
-
-def test_page_of_runs_ends_by_size(stores: Stores) -> None:
-    """A page stops before what its runs hold is too much, and the next one goes on behind it."""
-
-    async def main() -> None:
-        async with stores.open() as store:
-            started = [await store.start_run(new_run("x" * 1_000), claim=True) for _ in range(5)]
-            seen: list[str] = []
-            token = None
-            while True:
-                page = await store.list_runs(
-                    ORGANIZATION, SERVER, status=None, token=token, limit=50, limit_characters=2_500
-                )
-                assert 1 <= len(page.runs) <= 2
-                seen += [run.id for run in page.runs]
-                token = page.next_token
-                if token is None:
-                    break
-            assert seen == [change.run.id for change in reversed(started)]
-
-    run_async(main())

@@ -17,7 +17,7 @@ from runtime_service.runs import Run
 from runtime_service.store import group_commit
 from runtime_service.store.base import Change
 from runtime_service.store.sqlite import SQLiteStore
-from tests.support import Disk, contents, eventually, key_of, log_of, new_run, run_async, said
+from tests.support import Disk, contents, eventually, key_of, log_of, run_async, running, said
 
 QUICK, SLOW = 1_000, -1  # seconds that make every commit a quick one, or a slow one
 PAGE_BYTES = 4_096 + 24  # in the log
@@ -73,11 +73,6 @@ def places(disk: Disk) -> list[tuple[bool, int]]:
     in_a_row = [(on_loop, len(list(each))) for on_loop, each in groupby(thread == here for thread in disk.threads)]
     disk.threads.clear()
     return in_a_row
-
-
-async def running(store: SQLiteStore) -> Run:
-    """A run whose turn is running."""
-    return (await store.start_run(new_run(), claim=True)).run
 
 
 async def idle(store: SQLiteStore) -> None:
