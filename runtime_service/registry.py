@@ -85,10 +85,6 @@ class Registry:
         """Return the server that executes a stored run, or None when it is not declared any more."""
         return self._servers.get(server_id)
 
-    def ids(self) -> list[str]:
-        """Return the ids of the agent runtimes."""
-        return list(self._servers)
-
     async def close(self) -> None:
         """Close every agent."""
         for server in self._servers.values():

@@ -25,17 +25,6 @@ class RunStatus(StrEnum):
 
 TERMINAL = frozenset({RunStatus.COMPLETED, RunStatus.FAILED, RunStatus.CANCELLED})
 
-ALLOWED: dict[RunStatus, frozenset[RunStatus]] = {
-    # A queued turn fails without having run when its agent is gone; a running one is queued again when its
-    # runtime was lost or drained.
-    RunStatus.QUEUED: frozenset({RunStatus.RUNNING, RunStatus.FAILED, RunStatus.CANCELLED}),
-    RunStatus.RUNNING: TERMINAL | {RunStatus.QUEUED},
-    RunStatus.COMPLETED: frozenset(),
-    RunStatus.FAILED: frozenset(),
-    RunStatus.CANCELLED: frozenset(),
-}
-"""Which status may follow which."""
-
 
 class RunMode(StrEnum):
     """Whether the caller that opened a turn waits for its end."""

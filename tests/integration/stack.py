@@ -214,10 +214,9 @@ class Stream:
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self.response = response
-        self.comments = 0
 
     async def frames(self) -> AsyncIterator[Frame]:
-        """Yield frames to the end of the stream. Blank NDJSON lines and SSE comments are counted."""
+        """Yield frames to the end of the stream; blank NDJSON lines and SSE comments are passed over."""
         is_sse = self.response.content_type == "text/event-stream"
         lines: list[str] = []
         while line := await self.response.content.readuntil(b"\n"):
@@ -225,15 +224,11 @@ class Stream:
             if not is_sse:
                 if text:
                     yield Frame((text,), json.loads(text), None)
-                else:
-                    self.comments += 1
             elif text:
                 lines.append(text)
-            elif lines[0].startswith(":"):
-                self.comments += 1
-                lines.clear()
             else:
-                yield _frame(lines)
+                if not lines[0].startswith(":"):
+                    yield _frame(lines)
                 lines.clear()
         assert not lines, "the last frame is whole"
 

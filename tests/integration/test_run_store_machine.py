@@ -12,13 +12,20 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from runtime_service.runs import ALLOWED, TERMINAL, Run, RunStatus
+from runtime_service.runs import TERMINAL, Run, RunStatus
 from runtime_service.store.base import Cancel, Change, Deleted, NewRun, NewTurn, Outcome, TurnKey, TurnLost
 from tests.stores import KINDS
 from tests.support import ORGANIZATION, SERVER, cancel_of, contents, log_of, new_run, next_turn, said
 
 MAX_ATTEMPTS = 2
 OUTCOMES = [Outcome(RunStatus.COMPLETED, "out"), Outcome(RunStatus.FAILED, None, "It broke.", "AGENT_FAILED")]
+FOLLOWING: dict[RunStatus, frozenset[RunStatus]] = {
+    # A queued turn fails without having run when its agent is gone; a running one is queued again when its
+    # runtime was lost or drained.
+    RunStatus.QUEUED: frozenset({RunStatus.RUNNING, RunStatus.FAILED, RunStatus.CANCELLED}),
+    RunStatus.RUNNING: TERMINAL | {RunStatus.QUEUED},
+}
+"""Which status may follow which; none follows the others."""
 TEXTS = st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=3), max_size=3)
 PICK = st.integers(0, 1_000)
 
@@ -37,7 +44,7 @@ class TurnModel:
 
     def become(self, status: RunStatus) -> None:
         """Take another status, by the table only."""
-        assert status in ALLOWED[self.status]
+        assert status in FOLLOWING[self.status]
         self.status = status
 
 

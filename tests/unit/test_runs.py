@@ -1,42 +1,16 @@
-"""The domain's values and its one table."""
+"""The domain's values."""
 
 from dataclasses import FrozenInstanceError
 
 import pytest
 
-from runtime_service.runs import ALLOWED, TERMINAL, Run, RunMode, RunStatus, Turn, new_run_id, now_ms
+from runtime_service.runs import Run, RunMode, RunStatus, Turn, new_run_id, now_ms
 
 
 def run() -> Run:
     """A run with one turn."""
     turn = Turn(1, RunStatus.QUEUED, RunMode.SYNC, "hello", 1, 5)
     return Run("run_abc", "default", "assistant", 5, 6, 1, 1, 1, turn)
-
-
-def test_terminal_statuses_are_those_that_nothing_follows() -> None:
-    """And nothing else is one."""
-    assert {status for status in RunStatus if not ALLOWED[status]} == TERMINAL
-
-
-def test_allowed_says_what_may_follow_each_status() -> None:
-    """A turn is queued, then running, then settled; it may be queued again, or settled before it ran."""
-    queued, running = RunStatus.QUEUED, RunStatus.RUNNING
-    completed, failed, cancelled = RunStatus.COMPLETED, RunStatus.FAILED, RunStatus.CANCELLED
-    assert {
-        queued: {running, failed, cancelled},
-        running: {queued, completed, failed, cancelled},
-        completed: set(),
-        failed: set(),
-        cancelled: set(),
-    } == ALLOWED
-
-
-def test_every_status_can_be_reached_from_the_first() -> None:
-    """No row of the table is dead."""
-    reached = {RunStatus.QUEUED}
-    while more := {after for status in reached for after in ALLOWED[status]} - reached:
-        reached |= more
-    assert reached == set(RunStatus)
 
 
 def test_run_shows_its_turn_and_names_its_thread_and_events() -> None:
