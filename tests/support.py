@@ -178,6 +178,20 @@ async def log_of(store: RunStore, run_id: str) -> list[RunEvent]:
     return events
 
 
+async def flood(store: RunStore, run: Run) -> None:
+    """Append 2,500 messages at once; all are told, and the log has them whole and in order."""
+    done = 0
+
+    async def append(n: int) -> None:
+        nonlocal done
+        await store.append_events(key_of(run), said(str(n)))
+        done += 1
+
+    tasks = [asyncio.create_task(append(n)) for n in range(2_500)]
+    await eventually(lambda: done == len(tasks))
+    assert contents(await log_of(store, run.id))[1:] == [str(n) for n in range(2_500)]
+
+
 async def snapshot(store: RunStore, run: Run) -> object:
     """All that can be read of a run."""
     latest = await store.get_run(run.organization, run.server_id, run.id)

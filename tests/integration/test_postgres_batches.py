@@ -26,12 +26,13 @@ from tests.support import (
     SERVER,
     cancel_of,
     contents,
-    eventually,
+    flood,
     key_of,
     log_of,
     new_run,
     next_turn,
     run_async,
+    running,
     said,
 )
 
@@ -146,7 +147,7 @@ def test_write_that_is_refused_does_not_hurt_its_batch(stores: PostgresStores) -
 
     async def main() -> None:
         async with stores.open() as store:
-            run = (await store.start_run(new_run(), claim=True)).run
+            run = await running(store)
             news = [new_run(str(n)) for n in range(3)]
             results = await asyncio.gather(
                 store.start_run(news[0], claim=False),
@@ -227,17 +228,8 @@ def test_a_flood_of_writes_goes_into_few_batches(stores: PostgresStores) -> None
 
     async def main() -> None:
         async with stores.open() as store:
-            run = (await store.start_run(new_run(), claim=True)).run
-            done = 0
-
-            async def append(n: int) -> None:
-                nonlocal done
-                await store.append_events(key_of(run), said(str(n)))
-                done += 1
-
-            tasks = [asyncio.create_task(append(n)) for n in range(2_500)]
-            await eventually(lambda: done == len(tasks))
-            assert contents(await log_of(store, run.id))[1:] == [str(n) for n in range(2_500)]
+            run = await running(store)
+            await flood(store, run)
             assert 5 <= int(stores.execute("SELECT last_batch FROM acp.replicas")) <= 8
             large = [store.append_events(key_of(run), said("x" * (1 << 20))) for _ in range(9)]
             await asyncio.gather(*large)

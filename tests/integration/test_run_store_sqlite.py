@@ -17,6 +17,7 @@ from tests.support import (
     Disk,
     contents,
     eventually,
+    flood,
     key_of,
     log_of,
     new_run,
@@ -331,17 +332,7 @@ def test_sqlite_holds_more_writes_than_one_transaction_takes(file: SQLiteStores)
 
     async def main() -> None:
         async with file.open() as store:
-            run = await running(store)
-            done = 0
-
-            async def append(n: int) -> None:
-                nonlocal done
-                await store.append_events(key_of(run), said(str(n)))
-                done += 1
-
-            tasks = [asyncio.create_task(append(n)) for n in range(2_500)]
-            await eventually(lambda: done == len(tasks))
-            assert contents(await log_of(store, run.id))[1:] == [str(n) for n in range(2_500)]
+            await flood(store, await running(store))
 
     run_async(main())
 
