@@ -67,7 +67,8 @@ def serve(
         str | None,
         typer.Option(
             envvar="ACP_ADVERTISE",
-            help="HOST:PORT by which other runtime services over the same database reach this one.",
+            help="HOST:PORT by which other runtime services over the same database reach this one; "
+            "without it that of --listen, or for 0.0.0.0 this machine's name.",
         ),
     ] = None,
     servers: Annotated[
@@ -187,7 +188,7 @@ def delete_runs(
     data_dir: DataDir = _DATA_DIR,
     store: Store = None,
 ) -> None:
-    """Delete old runs, a few at a time; of a SQLite file only while no service has it open."""
+    """Delete old runs, a few at a time; of a SQLite file, which keeps its size, only while no service has it open."""
     with _complaints():
         config = RuntimeConfig(data_dir=data_dir, service_token="-" * 16, store=store or None)
         uvloop.run(_delete_runs(config, older_than_days))

@@ -2,7 +2,7 @@
 
 Old runs are looked for in the order of their acceptance, through any connection: no index has the time of a run's
 last write, as each append would have to write to it. A long run is deleted over several transactions; it is gone
-with the first one, in which it loses its row in `runs`.
+with the first one, in which it loses its row in `runs`. The file does not shrink: what is written later takes the room.
 """
 
 from collections.abc import Sequence

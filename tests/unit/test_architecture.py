@@ -1,6 +1,7 @@
 """Who may know whom: the arrows of docs/architecture.md, read off the imports."""
 
 import ast
+import re
 from collections.abc import Iterable, Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -103,6 +104,15 @@ def room_of(module: str) -> str:
 def test_layers_name_every_room() -> None:
     """A new module has to be given its place."""
     assert {room_of(module) for module in RUNTIME} - {""} == {room for layer in LAYERS for room in layer}
+
+
+def test_document_names_every_module() -> None:
+    """Whoever looks for where something is done finds its file."""
+    document = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    for path in (RUNTIME | GATEWAY).values():
+        folder = path.parent.name
+        lines = [line for line in document.splitlines() if folder in ("agents", "store") or f" {folder}/" in line]
+        assert path.name == "__init__.py" or re.search(rf"\b{path.name}\b", "\n".join(lines)), path
 
 
 def test_programs_do_not_import_each_other() -> None:
