@@ -138,16 +138,19 @@ class Call:
 
     def begin(self, number: int, acknowledge_after: int) -> rpc.SessionCommand:
         """Return the command that opens the call under this number, or goes on where it was cut."""
-        command = self.command
-        command.call = number
         self._acknowledge_after = acknowledge_after
         if self.sent or self.waits_since is not None:
-            self._go_on(command)
+            self._go_on()
+        self.command.call = number
         self.sent = True
-        return command
+        return self.command
 
-    def _go_on(self, command: rpc.SessionCommand) -> None:
+    def _go_on(self) -> None:
         """Have the command ask for no more than is still to come, and for no longer than is left."""
+        # The one before may still wait to be written: it keeps its number.
+        command = rpc.SessionCommand()
+        command.CopyFrom(self.command)
+        self.command = command
         now = self._loop.time()
         self._asked_again = self.sent
         self._resumed = self._run_state is not None
