@@ -207,6 +207,7 @@ class Replicas:
         session = None if self._is_closed else self._next(call)
         if session is None:
             call.place = self
+            call.refused_by = None  # who comes back, or has room, is asked again; so one that waits holds up nobody
             self._waiting[call] = None
         else:
             self._carry(session, call)

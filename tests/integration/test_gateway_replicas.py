@@ -380,6 +380,33 @@ def test_what_is_true_of_one_replica_is_asked_of_each(reason: str, code: grpc.St
     run_async(main())
 
 
+def test_call_that_was_refused_and_waits_holds_up_nobody() -> None:
+    """Whoever comes back is asked again, by it and by those behind it."""
+
+    async def main() -> None:
+        async with connected(reconnect_seconds=1_000) as (services, streams, client):
+            known = client.replicas
+            first = asyncio.create_task(get(client, "first"))
+            stream, command = await asked(streams, "get_run")
+            other = other_than(stream, streams)
+            service, other_service = (services[streams.index(each)] for each in (stream, other))
+            await stream.send(error_to(command, UNAVAILABLE, "STORE_UNAVAILABLE"))
+            await other.take("get_run")
+            await service.say(serving=False)
+            await eventually(lambda: ready(known) == 1)
+            await other_service.kill()
+            await eventually(lambda: ready(known) == 0)
+            second = asyncio.create_task(get(client, "second"))
+            await service.say(serving=True)
+            for run_id in ("first", "second"):
+                command = await stream.take("get_run")
+                assert command.get_run.run_id == run_id
+                await stream.send(answer_to(command))
+            assert (await first, await second) == ("first", "second")
+
+    run_async(main())
+
+
 @pytest.mark.parametrize(
     ("reason", "code"),
     [
