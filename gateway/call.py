@@ -13,6 +13,8 @@ from typing import Protocol
 from gateway.errors import ApiError
 from protos.acp.runs.v1 import run_service_pb2 as rpc
 
+_CHANGES = frozenset({"start_run", "continue_run", "cancel_run"})
+
 
 class Place(Protocol):
     """Where a call is: with a session that carries it, or where it waits for one."""
@@ -169,6 +171,11 @@ class Call:
             return False
         wait.wait_ms = 1
         return True
+
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether it may have had effect where it was asked before it was asked where it is now."""
+        return self._asked_again and self.command.WhichOneof("operation") in _CHANGES
 
     @property
     def _wait(self) -> rpc.ListRunEventsRequest | rpc.StreamOptions | None:

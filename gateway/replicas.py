@@ -188,7 +188,8 @@ class Replicas:
         call.refused_by = {*(call.refused_by or ()), session}
         other = self._next(call)
         if other is None:
-            call.end_with(self._overloaded() if error.code == "SESSION_FULL" else error)
+            error = self._overloaded() if error.code == "SESSION_FULL" else error
+            call.end_with(_in_doubt(error) if call.is_in_doubt else error)
         else:
             self._carry(other, call)
 
@@ -280,6 +281,12 @@ class Replicas:
             "As many requests are under way already as there is room for; nothing was changed. Try again in a moment.",
             headers={"Retry-After": next(self._retry_after)},
         )
+
+
+def _in_doubt(error: ApiError) -> ApiError:
+    """Who refuses last cannot say what came of the request where it was asked before."""
+    message = "The runtime service cannot take the request now, but it may have taken effect. Try again in a moment."
+    return ApiError(error.status, error.code, message, headers=error.headers)
 
 
 def _unreachable(call: Call) -> ApiError:
