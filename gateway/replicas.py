@@ -66,6 +66,7 @@ class Replicas:
         self._retry_after = itertools.cycle("123")  # so that those who were refused do not come back all at once
         self._clock: asyncio.TimerHandle | None = None
         self._closing: set[asyncio.Task[None]] = set()
+        self._in_a_hurry = False
         self._is_closed = False
 
     def start(self) -> None:
@@ -106,6 +107,8 @@ class Replicas:
         if open_calls >= self._max_calls:
             raise self._overloaded()
         call = Call(self._loop, self, command, seconds)
+        if self._in_a_hurry:
+            call.cut_wait()
         if self._ready:
             session = self._next(call)
             if session is None:
@@ -119,7 +122,11 @@ class Replicas:
         return call
 
     def hurry(self) -> None:
-        """Have every call that waits for something, up to a time, answered with what there is by now."""
+        """Have every call that waits for something, up to a time, answered with what there is by now.
+
+        That holds for those to come, too: the body of a request may still be on its way.
+        """
+        self._in_a_hurry = True
         for call in list(self._calls()):
             if call.cut_wait():
                 call.place.forget(call)
