@@ -36,7 +36,7 @@ def _parse_target(text: str) -> Address:
         host = host[1:-1]
         is_host = _is_literal(host) and ":" in host
     else:
-        is_host = bool(host) and host.isascii() and host.isprintable() and not set(host) & set(" /[]:")
+        is_host = host.isascii() and host.isprintable() and not set(host) & set(" /[]:") and _can_be_asked_for(host)
     if not is_host or not (port.isascii() and port.isdigit()) or int(port) > 65_535:
         raise ValueError(f"{text!r} is not HOST:PORT")
     return Address(host, int(port))
@@ -48,6 +48,14 @@ def _is_literal(host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _can_be_asked_for(name: str) -> bool:
+    """Whether a name has labels, dots between, none of them empty or too long: the resolver's own condition."""
+    try:
+        return bool(name.encode("idna"))
+    except UnicodeError:
+        return False
 
 
 class AddressBook:

@@ -13,6 +13,8 @@ from typing import Protocol
 from gateway.errors import ApiError
 from protos.acp.runs.v1 import run_service_pb2 as rpc
 
+_CHANGES = frozenset({"start_run", "continue_run", "cancel_run"})
+
 
 class Place(Protocol):
     """Where a call is: with a session that carries it, or where it waits for one."""
@@ -138,16 +140,19 @@ class Call:
 
     def begin(self, number: int, acknowledge_after: int) -> rpc.SessionCommand:
         """Return the command that opens the call under this number, or goes on where it was cut."""
-        command = self.command
-        command.call = number
         self._acknowledge_after = acknowledge_after
         if self.sent or self.waits_since is not None:
-            self._go_on(command)
+            self._go_on()
+        self.command.call = number
         self.sent = True
-        return command
+        return self.command
 
-    def _go_on(self, command: rpc.SessionCommand) -> None:
+    def _go_on(self) -> None:
         """Have the command ask for no more than is still to come, and for no longer than is left."""
+        # The one before may still wait to be written: it keeps its number.
+        command = rpc.SessionCommand()
+        command.CopyFrom(self.command)
+        self.command = command
         now = self._loop.time()
         self._asked_again = self.sent
         self._resumed = self._run_state is not None
@@ -166,6 +171,11 @@ class Call:
             return False
         wait.wait_ms = 1
         return True
+
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether it may have had effect where it was asked before it was asked where it is now."""
+        return self._asked_again and self.command.WhichOneof("operation") in _CHANGES
 
     @property
     def _wait(self) -> rpc.ListRunEventsRequest | rpc.StreamOptions | None:

@@ -90,8 +90,9 @@ class GatewayRunner(web.AppRunner):
             left = deadline - asyncio.get_running_loop().time()
             if left <= 0:
                 return False
-            tasks = [connection._task_handler for connection in connections if connection._task_handler is not None]
-            # One without a task has its last answer on the way to its client.
+            handlers = (connection._task_handler for connection in connections)
+            tasks = [handler for handler in handlers if handler is not None and not handler.done()]
+            # One whose task is over has its last answer on the way to its client.
             await (asyncio.wait(tasks, timeout=left) if tasks else asyncio.sleep(_FLUSH_SECONDS))
         return True
 

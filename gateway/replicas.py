@@ -66,6 +66,7 @@ class Replicas:
         self._retry_after = itertools.cycle("123")  # so that those who were refused do not come back all at once
         self._clock: asyncio.TimerHandle | None = None
         self._closing: set[asyncio.Task[None]] = set()
+        self._in_a_hurry = False
         self._is_closed = False
 
     def start(self) -> None:
@@ -106,6 +107,8 @@ class Replicas:
         if open_calls >= self._max_calls:
             raise self._overloaded()
         call = Call(self._loop, self, command, seconds)
+        if self._in_a_hurry:
+            call.cut_wait()
         if self._ready:
             session = self._next(call)
             if session is None:
@@ -119,7 +122,11 @@ class Replicas:
         return call
 
     def hurry(self) -> None:
-        """Have every call that waits for something, up to a time, answered with what there is by now."""
+        """Have every call that waits for something, up to a time, answered with what there is by now.
+
+        That holds for those to come, too: the body of a request may still be on its way.
+        """
+        self._in_a_hurry = True
         for call in list(self._calls()):
             if call.cut_wait():
                 call.place.forget(call)
@@ -188,7 +195,8 @@ class Replicas:
         call.refused_by = {*(call.refused_by or ()), session}
         other = self._next(call)
         if other is None:
-            call.end_with(self._overloaded() if error.code == "SESSION_FULL" else error)
+            error = self._overloaded() if error.code == "SESSION_FULL" else error
+            call.end_with(_in_doubt(error) if call.is_in_doubt else error)
         else:
             self._carry(other, call)
 
@@ -207,6 +215,7 @@ class Replicas:
         session = None if self._is_closed else self._next(call)
         if session is None:
             call.place = self
+            call.refused_by = None  # who comes back, or has room, is asked again; so one that waits holds up nobody
             self._waiting[call] = None
         else:
             self._carry(session, call)
@@ -279,6 +288,12 @@ class Replicas:
             "As many requests are under way already as there is room for; nothing was changed. Try again in a moment.",
             headers={"Retry-After": next(self._retry_after)},
         )
+
+
+def _in_doubt(error: ApiError) -> ApiError:
+    """Who refuses last cannot say what came of the request where it was asked before."""
+    message = "The runtime service cannot take the request now, but it may have taken effect. Try again in a moment."
+    return ApiError(error.status, error.code, message, headers=error.headers)
 
 
 def _unreachable(call: Call) -> ApiError:

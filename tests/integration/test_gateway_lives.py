@@ -227,6 +227,30 @@ def test_wait_is_cut_short_when_the_gateway_stops(tmp_path: Path) -> None:
     run_async(main())
 
 
+def test_wait_that_begins_when_the_gateway_is_about_to_be_gone_is_cut_short(tmp_path: Path) -> None:
+    """A body may be so slow that its request begins behind the drain time: it is answered like those that waited."""
+    body = json.dumps({"content": "stop slow body"}).encode()
+
+    async def main() -> None:
+        async with serving(tmp_path, drain_seconds=0.1) as stack:
+            waiting = asyncio.create_task(stack.start("gated", "stop before it"))
+            await GATES["stop before it"].reached.wait()
+            url = stack.url(runs("gated"))
+            reader, writer = await asyncio.open_connection(url.host, url.port)
+            lines = [f"POST {url.raw_path} HTTP/1.1", "Host: x", f"Content-Length: {len(body)}"]
+            lines += ["Content-Type: application/json", f"Authorization: Bearer {stack.key}", "", ""]
+            writer.write("\r\n".join(lines).encode() + body[:1])
+            await stack.call("GET", "/health")  # by now the head is known
+            stopping = asyncio.create_task(stack.gateway.__aexit__(None, None, None))
+            assert (await waiting).status == 202  # the drain time is over
+            writer.write(body[1:])
+            assert (await reader.read()).startswith(b"HTTP/1.1 202 ")
+            writer.close()
+            await stopping
+
+    run_async(main())
+
+
 async def _has_turn(stack: Stack, path: str, turn: int) -> bool:
     return bool((await stack.call("GET", path)).json["thread"]["messageCount"] > turn)
 

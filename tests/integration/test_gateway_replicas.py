@@ -1,7 +1,7 @@
 """The gateway before several runtime services that do as the test says: whose turn it is, and who takes over."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -376,6 +376,58 @@ def test_what_is_true_of_one_replica_is_asked_of_each(reason: str, code: grpc.St
             assert error.status == 503
             assert error.code == ("OVERLOADED" if reason == "SESSION_FULL" else reason)
             assert error.headers["Retry-After"]
+
+    run_async(main())
+
+
+def test_last_refusal_does_not_deny_what_may_have_happened() -> None:
+    """Who refuses last knows nothing of who was asked before: that may have lost its store while it wrote."""
+
+    async def main() -> None:
+        async with connected(reconnect_seconds=1_000) as (_, streams, client):
+            calls: dict[str, Callable[[], Awaitable[object]]] = {
+                "start_run": lambda: start(client).next(),
+                "continue_run": lambda: continue_(client).next(),
+                "cancel_run": lambda: client.cancel(CALLER, ECHO, "run_1"),
+            }
+            for operation, call in calls.items():
+                failing = asyncio.create_task(refusal(call()))
+                stream, command = await asked(streams, operation)
+                await stream.send(error_to(command, UNAVAILABLE, "STORE_UNAVAILABLE", "It may have taken effect."))
+                stream = other_than(stream, streams)
+                command = await stream.take(operation)
+                await stream.send(error_to(command, UNAVAILABLE, "STORE_UNAVAILABLE", "Nothing was changed."))
+                error = await failing
+                assert (error.status, error.code) == (503, "STORE_UNAVAILABLE")
+                assert "may have taken effect" in error.message
+                assert error.headers["Retry-After"]
+
+    run_async(main())
+
+
+def test_call_that_was_refused_and_waits_holds_up_nobody() -> None:
+    """Whoever comes back is asked again, by it and by those behind it."""
+
+    async def main() -> None:
+        async with connected(reconnect_seconds=1_000) as (services, streams, client):
+            known = client.replicas
+            first = asyncio.create_task(get(client, "first"))
+            stream, command = await asked(streams, "get_run")
+            other = other_than(stream, streams)
+            service, other_service = (services[streams.index(each)] for each in (stream, other))
+            await stream.send(error_to(command, UNAVAILABLE, "STORE_UNAVAILABLE"))
+            await other.take("get_run")
+            await service.say(serving=False)
+            await eventually(lambda: ready(known) == 1)
+            await other_service.kill()
+            await eventually(lambda: ready(known) == 0)
+            second = asyncio.create_task(get(client, "second"))
+            await service.say(serving=True)
+            for run_id in ("first", "second"):
+                command = await stream.take("get_run")
+                assert command.get_run.run_id == run_id
+                await stream.send(answer_to(command))
+            assert (await first, await second) == ("first", "second")
 
     run_async(main())
 

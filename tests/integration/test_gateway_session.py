@@ -300,6 +300,24 @@ def test_call_that_is_left_is_stopped() -> None:
     run_async(main())
 
 
+def test_call_that_is_hurried_before_it_has_left_keeps_to_its_numbers() -> None:
+    """What was to be sent is sent, stopped, and asked again under another number; one number twice ends the session."""
+
+    async def main() -> None:
+        async with connected() as (_, stream, client):
+            reader = Reader(start(client, wait_ms=30_000))
+            client.replicas.hurry()
+            first, stop, again = [await stream.take_next() for _ in range(3)]
+            assert [each.WhichOneof("operation") for each in (first, stop, again)] == ["start_run", "stop", "start_run"]
+            assert first.call == stop.call != again.call
+            assert again.start_run.stream.wait_ms == 1
+            await stream.send(update_of(again, news(1, status=RUNNING), last=True))
+            await reader.task
+            assert reader.sequences == [1]
+
+    run_async(main())
+
+
 def test_failed_call_is_stopped_and_told() -> None:
     """`fail` ends a call as `stop` does, and raises its error behind what had come, also in one who waits already."""
     reason = ApiError(503, "DRAINING", "for the test")

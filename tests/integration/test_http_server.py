@@ -1088,6 +1088,36 @@ def test_connection_that_never_asks_holds_nobody_up(monkeypatch: pytest.MonkeyPa
     run(scenario)
 
 
+def test_answer_that_nobody_reads_is_waited_for_in_peace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left to do while a server stops has the processor: it does not look for the client all the time."""
+    looks = 0
+
+    async def wait(*args: Any, **kwargs: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        return await wait_by_asyncio(*args, **kwargs)
+
+    wait_by_asyncio = asyncio.wait
+
+    async def scenario() -> None:
+        async with serving() as server:
+            _, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1024)
+            await until(lambda: server.runner.open_connections == 1)
+            connection = server.connection
+            assert connection.transport is not None
+            connection.transport.set_write_buffer_limits(1 << 26)
+            writer.write(b"GET /huge HTTP/1.1\r\nHost: x\r\n\r\n")
+            await server.seen.started.wait()
+            await until(lambda: connection._waiter is not None)
+            await server.runner.stop_listening()
+            monkeypatch.setattr(asyncio, "wait", wait)
+            assert not await server.runner.wait_for_answers(0.3)
+            assert looks <= 3
+            writer.transport.abort()
+
+    run(scenario)
+
+
 def test_nobody_fails_while_a_server_stops() -> None:
     """Clients who go on asking on connections that they keep, until they are refused at the door, are all answered."""
 

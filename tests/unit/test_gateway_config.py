@@ -44,6 +44,9 @@ def test_defaults_are_those_of_the_contract() -> None:
                 "::1:1",
                 "[::1]",
                 "a b:1",
+                "a..b:1",
+                ".:1",
+                "a" * 64 + ".b:1",
             )
         ),
         ({"service_token": ""}, "ACP_SERVICE_TOKEN"),
