@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime_service.errors import StoreUnavailable
-from runtime_service.runs import RunStatus
+from runtime_service.errors import RunNotFound, StoreUnavailable
+from runtime_service.runs import RunStatus, now_ms
 from runtime_service.store import postgres_writer
 from runtime_service.store.base import Change, Outcome, TurnLost
 from runtime_service.store.postgres import PostgresStore
@@ -167,6 +167,33 @@ def test_answer_that_was_lost_is_given_again(monkeypatch: pytest.MonkeyPatch) ->
             assert claimed.run.id == waiting.id
             for change in (started, resumed, claimed):
                 await store.finish_turn(key_of(change.run), [], COMPLETED)
+
+    run_async(main())
+
+
+def test_run_that_was_deleted_before_its_cancel_was_known_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answer shows nothing; the next write is done as ever."""
+    stores = PostgresStores()
+
+    async def main() -> None:
+        async with stores.open() as other, stores.open() as store:
+            assert isinstance(store, PostgresStore)
+            new = new_run()
+            await store.start_run(new, claim=False)
+            fetch = store._database.fetch
+
+            async def lose_the_answer(connection: object, query: str, *arguments: object) -> list[object]:
+                rows = await fetch(connection, query, *arguments)
+                if "acp.apply" in query:
+                    monkeypatch.undo()
+                    assert (await other.delete_runs(now_ms() + 60_000, 100)).runs == 1
+                    raise ConnectionResetError
+                return list(rows)
+
+            monkeypatch.setattr(store._database, "fetch", lose_the_answer)
+            with pytest.raises(RunNotFound):
+                await store.cancel_run(cancel_of(new), [], None)
+            await store.start_run(new_run(), claim=False)
 
     run_async(main())
 
