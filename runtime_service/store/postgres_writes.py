@@ -244,7 +244,10 @@ def cancel_run(cancel: Cancel, events: Sequence[EventDraft], output: str | None)
     }
     if not events:
         arguments["incomplete"] = incomplete_event("")
-    return Other(arguments, _one, request=_known_by(cancel), missing=RunNotFound(cancel.run_id))
+    asked = Other(arguments, _one, request=_known_by(cancel), missing=RunNotFound(cancel.run_id))
+    # Without an id it cannot be known again, and would end what came behind it.
+    asked.is_repeatable = cancel.request is not None
+    return asked
 
 
 def claim_turns(limit: int) -> Other[list[Change]]:

@@ -246,6 +246,37 @@ def test_lease_that_ran_out_behind_a_lost_answer(monkeypatch: pytest.MonkeyPatch
     run_async(main())
 
 
+def test_cancel_that_is_in_doubt_does_not_reach_a_later_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was done, the lease ran out before that was known, the run was continued elsewhere: it is not done twice."""
+    stores = PostgresStores()
+
+    async def main() -> None:
+        async with stores.open() as other, stores.open() as store:
+            assert isinstance(store, PostgresStore)
+            run = (await store.start_run(new_run(), claim=True)).run
+            fetch = store._database.fetch
+
+            async def lose_all(connection: object, query: str, *arguments: object) -> list[object]:
+                rows = await fetch(connection, query, *arguments)
+                if "acp.apply" in query:
+                    monkeypatch.undo()
+                    replica = store._writer.replica
+                    stores.execute(
+                        f"UPDATE acp.replicas SET lease = '0', lease_until = '-infinity' WHERE id = '{replica}'"
+                    )
+                    await other.continue_run(next_turn(run), claim=True)
+                    raise ConnectionResetError
+                return list(rows)
+
+            monkeypatch.setattr(store._database, "fetch", lose_all)
+            with pytest.raises(StoreUnavailable, match="may have taken effect"):
+                await store.cancel_run(cancel_of(run), [], None)
+            assert (await other.get_run(ORGANIZATION, SERVER, run.id, 1)).status is RunStatus.CANCELLED
+            assert (await other.get_run(ORGANIZATION, SERVER, run.id, 2)).status is RunStatus.RUNNING
+
+    run_async(main())
+
+
 def test_store_survives_a_server_that_is_killed(server: PostgresServer) -> None:
     """Meanwhile requests are refused at once, what runs waits; then all goes on, and nothing is lost or doubled."""
 
