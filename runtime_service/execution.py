@@ -78,6 +78,11 @@ class Execution:
             if self._draft_timer is not None:
                 self._draft_timer.cancel()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the agent is not listened to any more."""
+        return self._lost
+
     def log_grew(self, last_sequence: int) -> None:
         """Learn the newest sequence of the run's log."""
         self._speech.log_grew(last_sequence)

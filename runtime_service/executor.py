@@ -9,7 +9,7 @@ import asyncio
 import logging
 import math
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
 
@@ -168,10 +168,9 @@ class Executor:
         self._draining = True
         for task in self._keeping[1:]:
             task.cancel()
-        if self._admitting:
-            await asyncio.wait(self._admitting, timeout=_ADMITTING_SECONDS)
-        if self._claiming is not None:
-            await asyncio.wait([self._claiming])
+        asked = self._admitting if self._claiming is None else {*self._admitting, self._claiming}
+        if asked:
+            await asyncio.wait(asked, timeout=_ADMITTING_SECONDS)
         if self._tasks:
             await asyncio.wait(self._tasks.values(), timeout=grace_seconds)
         left = dict(self._tasks)
@@ -180,7 +179,9 @@ class Executor:
         if left:
             await asyncio.wait(left.values(), timeout=self._limits.cancel_grace_seconds)
             log.info("%d turns go back to the queue", len(left))
-            await asyncio.gather(*(execution.release() for execution in left))
+            # A store that is away takes nothing back: who sweeps behind it does.
+            releasing = [asyncio.create_task(execution.release()) for execution in left]
+            await asyncio.wait(releasing, timeout=_PATIENCE_SECONDS)
         for task in self._keeping:
             task.cancel()
 
@@ -252,6 +253,9 @@ class Executor:
         change = accepted.result()
         if execution is not None:
             self._publish(change)
+            if execution.is_over:
+                # The lease was lost while the turn was being stored. It is held under the next one: by nobody, now.
+                self._see_to(self._give_back(execution))
         elif change.run.status is RunStatus.RUNNING:
             self._launch(change)
         else:
@@ -263,6 +267,19 @@ class Executor:
                 self._vacate()
             else:
                 self._claim_if_room()
+
+    async def _give_back(self, execution: Execution) -> None:
+        """Put a turn of which the execution was ended back into the queue."""
+        if (task := self._tasks.get(execution)) is not None:
+            await asyncio.wait([task], timeout=self._limits.cancel_grace_seconds)
+        await execution.release()
+        self.turns_wait()
+
+    def _see_to(self, act: Coroutine[Any, Any, None]) -> None:
+        """Do what a drain waits for."""
+        task = asyncio.create_task(act)
+        self._admitting.add(task)
+        task.add_done_callback(self._admitting.discard)
 
     def _note_ready(self) -> None:
         self._waits = True
@@ -282,9 +299,7 @@ class Executor:
         for run_id in run_ids:
             self._event_log.doubt(run_id)
             if (execution := self._executions.get(run_id)) is not None:
-                checking = asyncio.ensure_future(self._check(execution))
-                self._admitting.add(checking)
-                checking.add_done_callback(self._admitting.discard)
+                self._see_to(self._check(execution))
 
     async def _check(self, execution: Execution) -> None:
         """Look whether a turn is still to be executed here, and how far its log has grown."""
@@ -349,7 +364,11 @@ class Executor:
     def _launch(self, change: Change) -> None:
         run = change.run
         server = self._registry.executor_of(run.server_id)
-        if server is not None:
+        if run.status is not RunStatus.RUNNING:
+            # Others have cancelled it before it was known that it is claimed.
+            self._publish(change)
+            self._vacate()
+        elif server is not None:
             self._begin(run, server)
             self._publish(change)
         else:
@@ -385,9 +404,7 @@ class Executor:
         self._end_agent(execution)
 
     def _settle_outside(self, execution: Execution, outcome: Outcome) -> None:
-        settling = asyncio.ensure_future(execution.settle_outside(outcome))
-        self._admitting.add(settling)
-        settling.add_done_callback(self._admitting.discard)
+        self._see_to(execution.settle_outside(outcome))
 
     def _forget(self, execution: Execution) -> None:
         """Free the room of an execution, once: when it has ended or was given up."""

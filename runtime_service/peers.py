@@ -26,9 +26,13 @@ _MAX_CHANNELS = 64
 
 
 class Peers:
-    """Channels to other runtime services, by address, each made when it is needed."""
+    """Channels to other runtime services, by address, each made when it is needed.
 
-    def __init__(self, service_token: str, options: tuple[tuple[str, int], ...]) -> None:
+    `own` is the address of this one. A service that was there before and is lost is not to be asked any more.
+    """
+
+    def __init__(self, own: str, service_token: str, options: tuple[tuple[str, int], ...]) -> None:
+        self._own = own
         self._token = service_token
         self._options = options
         self._channels: dict[str, grpc.aio.Channel] = {}
@@ -36,6 +40,8 @@ class Peers:
 
     async def follow(self, address: str, run: Run, after: int) -> AsyncGenerator[Update]:
         """Yield what the service at `address` says of a run; ends when it has no more to say, also by an error."""
+        if address == self._own:
+            return
         request = rpc.WatchRunRequest(run_id=run.id, after_sequence=after)
         request.server.id = run.server_id
         request.stream.deltas = True
@@ -56,6 +62,8 @@ class Peers:
         self, address: str, organization: str, request: rpc.CancelRunRequest
     ) -> rpc.CancelRunResponse | None:
         """Have the service at `address` cancel a run; None when it does not."""
+        if address == self._own:
+            return None
         try:
             answer: rpc.CancelRunResponse = await self._stub(address).CancelRun(
                 request, metadata=self._metadata(organization), timeout=_CANCEL_SECONDS

@@ -54,10 +54,11 @@ class RuntimeServer:
         self._registry: Registry = load_registry(config.servers)
         self._server = grpc.aio.server(interceptors=(ErrorInterceptor(config.service_token),), options=_OPTIONS)
         self.port = self._bind(config.listen)
+        address = config.address(self.port)
         self._store: RunStore = await open_store(
-            config.store, config.store_path, address=config.address(self.port), lease_seconds=config.lease_seconds
+            config.store, config.store_path, address=address, lease_seconds=config.lease_seconds
         )
-        self._peers = Peers(config.service_token, _OPTIONS)
+        self._peers = Peers(address, config.service_token, _OPTIONS)
         self._event_log = EventLog(self._store, self._peers)
         self._executor = Executor(self._store, self._event_log, self._registry, config.executor)
         self._retention = Retention(self._store, config.retention)

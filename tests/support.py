@@ -22,6 +22,7 @@ from runtime_service.store.base import Cancel, NewRun, NewTurn, RunStore, TurnKe
 from runtime_service.store.group_commit import GroupCommitWriter
 from runtime_service.store.sqlite import SQLiteStore
 from runtime_service.validation import checked_request
+from tests.stores import Stores
 
 LIMIT_SECONDS = 20.0
 ORGANIZATION = "default"
@@ -285,19 +286,23 @@ class Runtime:
         return found[0]
 
 
+def _opened(place: Path | Stores) -> Awaitable[RunStore]:
+    return place.connect() if isinstance(place, Stores) else SQLiteStore.open(place)
+
+
 @asynccontextmanager
 async def runtime(
-    path: Path,
+    place: Path | Stores,
     agents: Mapping[str, Agent] | Agent,
     limits: ExecutorLimits | None = None,
     *,
     turn_timeout_seconds: float = 3_600,
     drain_seconds: float = 0,
 ) -> AsyncIterator[Runtime]:
-    """A runtime over the SQLite file at `path`, drained at the end."""
+    """A runtime over a place that holds runs, such as the SQLite file at a path; drained at the end."""
     by_id = {SERVER: agents} if isinstance(agents, Agent) else agents
     servers = {name: Server(name, ORGANIZATION, agent, turn_timeout_seconds) for name, agent in by_id.items()}
-    store = await SQLiteStore.open(path)
+    store = await _opened(place)
     event_log = EventLog(store)
     limits = limits or ExecutorLimits(cancel_grace_seconds=0.05)
     executor = Executor(store, event_log, Registry(servers, {}), limits)

@@ -181,7 +181,10 @@ class RunStore(Protocol):
         """
 
     def claim_turns(self, limit: int) -> Awaitable[list[Change]]:
-        """Claim queued turns, oldest first, for the caller to execute; each change's run shows the claimed one."""
+        """Claim queued turns, oldest first, for the caller to execute; each change's run shows the claimed one.
+
+        One that somebody else cancelled before this process knew of its claim is shown as cancelled.
+        """
 
     def recover(self, max_attempts: int, may_repeat: Callable[[str], bool]) -> Awaitable[list[Change]]:
         """Settle the turns that a lost process left running: queued again, or failed as RUNTIME_LOST.

@@ -171,7 +171,7 @@ class BatchWriter:
         batch.is_in_doubt = True  # each for itself, from here on
         for asked in batch.asked:
             alone = Batch(self._held)
-            if not asked.future.done() and alone.add(asked):
+            if not asked.is_told and alone.add(asked):
                 await self._write(alone)
 
     async def _apply(self, batch: Batch, asked: str) -> Reply:
@@ -242,6 +242,6 @@ class BatchWriter:
         for asked in reversed(batch.asked):
             if batch.is_in_doubt and not asked.is_repeatable:
                 asked.fail(StoreUnavailable(_IN_DOUBT))
-            elif not asked.future.done():
+            elif not asked.is_told:
                 self._waiting.appendleft(asked)
         self._on_lost()

@@ -42,7 +42,6 @@ class Done(msgspec.Struct, frozen=True):
 
     n: int = 0
     shown: list[tuple[dict[str, Any], list[list[Any]]]] = []
-    missing: bool = False
     replayed: bool = False
     same: bool = True
     lost: list[str] = []
@@ -75,6 +74,11 @@ class Asked(Generic[_T]):
 
     def __init__(self) -> None:
         self.future: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
+
+    @property
+    def is_told(self) -> bool:
+        """Whether it is known what came of it. Of one whose caller does not wait any more it is not."""
+        return self.future.done() and not self.future.cancelled()
 
     def tell(self, result: _T) -> None:
         """Tell what it did. A caller that does not wait any more does not undo it."""
@@ -181,10 +185,11 @@ class Other(Asked[_T]):
 
     def tell_done(self, done: Done, changes: list[Change]) -> None:
         """Tell what came of it."""
-        if done.missing and self._missing is not None:
-            self.fail(self._missing)
-        elif not done.same:
+        if not done.same:
             self.fail(RequestIdReused(self.request[1] if self.request else ""))
+        elif self._missing is not None and not changes:
+            # There was no such run, or there is none any more: it was deleted before the answer came.
+            self.fail(self._missing)
         else:
             self.tell(self._read(done, changes))
 
@@ -239,7 +244,10 @@ def cancel_run(cancel: Cancel, events: Sequence[EventDraft], output: str | None)
     }
     if not events:
         arguments["incomplete"] = incomplete_event("")
-    return Other(arguments, _one, request=_known_by(cancel), missing=RunNotFound(cancel.run_id))
+    asked = Other(arguments, _one, request=_known_by(cancel), missing=RunNotFound(cancel.run_id))
+    # Without an id it cannot be known again, and would end what came behind it.
+    asked.is_repeatable = cancel.request is not None
+    return asked
 
 
 def claim_turns(limit: int) -> Other[list[Change]]:

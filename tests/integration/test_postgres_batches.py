@@ -183,6 +183,20 @@ def test_write_that_is_refused_does_not_hurt_its_batch(stores: PostgresStores) -
     run_async(main())
 
 
+def test_cancelled_caller_beside_a_write_that_is_refused_does_not_undo_its_write(stores: PostgresStores) -> None:
+    """It is written when the others of the batch are: each for itself."""
+
+    async def main() -> None:
+        async with stores.open() as store:
+            new = new_run()
+            asyncio.ensure_future(store.start_run(new, claim=False)).cancel()
+            with pytest.raises(StoreUnavailable):
+                await store.start_run(new_run("\0"), claim=False)
+            assert contents(await log_of(store, new.id)) == ["hello"]
+
+    run_async(main())
+
+
 @pytest.mark.parametrize("first", ["start", "continue"])
 def test_request_id_that_comes_twice_within_a_batch_is_refused(stores: PostgresStores, first: str) -> None:
     """The one that was asked for first is done, the other one is another request."""

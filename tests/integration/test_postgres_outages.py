@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime_service.errors import StoreUnavailable
-from runtime_service.runs import RunStatus
+from runtime_service.errors import RunNotFound, StoreUnavailable
+from runtime_service.runs import RunStatus, now_ms
 from runtime_service.store import postgres_writer
 from runtime_service.store.base import Change, Outcome, TurnLost
 from runtime_service.store.postgres import PostgresStore
@@ -171,6 +171,33 @@ def test_answer_that_was_lost_is_given_again(monkeypatch: pytest.MonkeyPatch) ->
     run_async(main())
 
 
+def test_run_that_was_deleted_before_its_cancel_was_known_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answer shows nothing; the next write is done as ever."""
+    stores = PostgresStores()
+
+    async def main() -> None:
+        async with stores.open() as other, stores.open() as store:
+            assert isinstance(store, PostgresStore)
+            new = new_run()
+            await store.start_run(new, claim=False)
+            fetch = store._database.fetch
+
+            async def lose_the_answer(connection: object, query: str, *arguments: object) -> list[object]:
+                rows = await fetch(connection, query, *arguments)
+                if "acp.apply" in query:
+                    monkeypatch.undo()
+                    assert (await other.delete_runs(now_ms() + 60_000, 100)).runs == 1
+                    raise ConnectionResetError
+                return list(rows)
+
+            monkeypatch.setattr(store._database, "fetch", lose_the_answer)
+            with pytest.raises(RunNotFound):
+                await store.cancel_run(cancel_of(new), [], None)
+            await store.start_run(new_run(), claim=False)
+
+    run_async(main())
+
+
 def test_lease_that_ran_out_behind_a_lost_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """What can be found out is answered as it is; what cannot is said to be in doubt; nothing is done twice."""
     monkeypatch.setattr(postgres_writer, "_RETRY_SECONDS", (0.001, 0.01))
@@ -215,6 +242,37 @@ def test_lease_that_ran_out_behind_a_lost_answer(monkeypatch: pytest.MonkeyPatch
             # All that it held is nobody's now, and goes on.
             assert len(await store.recover(3, lambda _: True)) == 5
             assert len(await store.claim_turns(9)) == 5
+
+    run_async(main())
+
+
+def test_cancel_that_is_in_doubt_does_not_reach_a_later_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was done, the lease ran out before that was known, the run was continued elsewhere: it is not done twice."""
+    stores = PostgresStores()
+
+    async def main() -> None:
+        async with stores.open() as other, stores.open() as store:
+            assert isinstance(store, PostgresStore)
+            run = (await store.start_run(new_run(), claim=True)).run
+            fetch = store._database.fetch
+
+            async def lose_all(connection: object, query: str, *arguments: object) -> list[object]:
+                rows = await fetch(connection, query, *arguments)
+                if "acp.apply" in query:
+                    monkeypatch.undo()
+                    replica = store._writer.replica
+                    stores.execute(
+                        f"UPDATE acp.replicas SET lease = '0', lease_until = '-infinity' WHERE id = '{replica}'"
+                    )
+                    await other.continue_run(next_turn(run), claim=True)
+                    raise ConnectionResetError
+                return list(rows)
+
+            monkeypatch.setattr(store._database, "fetch", lose_all)
+            with pytest.raises(StoreUnavailable, match="may have taken effect"):
+                await store.cancel_run(cancel_of(run), [], None)
+            assert (await other.get_run(ORGANIZATION, SERVER, run.id, 1)).status is RunStatus.CANCELLED
+            assert (await other.get_run(ORGANIZATION, SERVER, run.id, 2)).status is RunStatus.RUNNING
 
     run_async(main())
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from protos.acp.runs.v1 import run_pb2 as pb
 from protos.acp.runs.v1 import run_service_pb2 as rpc
 from runtime_service.executor import ExecutorLimits
+from runtime_service.peers import Peers
+from runtime_service.store.base import accepted_run
 from runtime_service.store.postgres_schema import migrate
 from tests.integration.doors import (
+    TOKEN,
     Client,
     Service,
     contents_of,
@@ -28,7 +31,7 @@ from tests.integration.doors import (
     watch_request,
 )
 from tests.postgres import PostgresServer, fresh_database, session_server
-from tests.support import LIMIT_SECONDS
+from tests.support import LIMIT_SECONDS, ORGANIZATION, new_run
 
 LIMITS = ExecutorLimits(cancel_grace_seconds=0.05, heartbeat_seconds=0.5, sweep_seconds=0.5)
 DELTAS = rpc.StreamOptions(deltas=True)
@@ -269,5 +272,25 @@ def test_service_without_its_database_refuses_and_comes_back(tmp_path: Path) -> 
                 assert contents_of(await client.watch(run)) == ["hi", "one", "re: hi"]
         finally:
             server.stop()
+
+    in_loop(main())
+
+
+def test_service_does_not_ask_itself(replicas: Replicas) -> None:
+    """A lost one may have been at the same address: to wait for its word would be to hear none, as from the store."""
+    database = replicas.url.rpartition("/")[2]
+
+    async def main() -> None:
+        async with replicas.open() as client:
+            run = await client.start("hi", "gated")
+            address = session_server().execute("SELECT address FROM acp.replicas", database)
+            held = msgspec.structs.replace(accepted_run(new_run(server_id="gated"), claim=True), id=run.id)
+            cancel = rpc.CancelRunRequest(server=reference("gated"), run_id=run.id)
+            for own in (address, "127.0.0.1:9"):
+                peers = Peers(own, TOKEN, ())
+                async with aclosing(peers.follow(address, held, 0)) as updates:
+                    assert (await anext(updates, None) is None) is (own == address)
+                assert (await peers.cancel(address, ORGANIZATION, cancel) is None) is (own == address)
+                await peers.close()
 
     in_loop(main())
