@@ -74,9 +74,11 @@ class Peers:
 
     async def close(self) -> None:
         """Close every channel."""
+        for closing in self._closing:
+            closing.cancel()
         channels = list(self._channels.values())
         self._channels.clear()
-        await asyncio.gather(*(channel.close() for channel in channels), *self._closing)
+        await asyncio.gather(*(channel.close() for channel in channels), *self._closing, return_exceptions=True)
 
     def _stub(self, address: str) -> run_service_pb2_grpc.RunServiceStub:
         channel = self._channels.pop(address, None)
@@ -84,7 +86,8 @@ class Peers:
             channel = grpc.aio.insecure_channel(address, options=self._options)
         self._channels[address] = channel  # the one used last is the last
         if len(self._channels) > _MAX_CHANNELS:
-            closing = asyncio.ensure_future(self._channels.pop(next(iter(self._channels))).close(None))
+            oldest = self._channels.pop(next(iter(self._channels)))
+            closing = asyncio.create_task(oldest.close(_FOLLOW_SECONDS))  # whoever follows by it goes on
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
         return run_service_pb2_grpc.RunServiceStub(channel)

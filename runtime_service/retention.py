@@ -53,6 +53,9 @@ class Retention:
                     await self._delete_runs()
             except StoreUnavailable as error:
                 log.warning("what is old is deleted later: %s", error)
+            except Exception:
+                # Without it nothing would be deleted any more.
+                log.exception("what is old is deleted later")
             await asyncio.sleep(self._limits.interval_seconds)
 
     async def _delete_requests(self) -> None:

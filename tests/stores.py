@@ -1,7 +1,7 @@
 """Places that hold runs, one class a kind of store, so that one suite asks the same of each."""
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -12,7 +12,6 @@ from runtime_service.store.postgres import PostgresStore
 from runtime_service.store.sqlite import SQLiteStore
 from runtime_service.store.sqlite_rows import QUERIES
 from tests.postgres import fresh_database, session_server
-from tests.support import run_async
 
 
 class Stores(ABC):
@@ -69,13 +68,3 @@ class PostgresStores(Stores):
 
 KINDS: dict[str, Callable[[Path], Stores]] = {"sqlite": SQLiteStores, "postgresql": lambda _: PostgresStores()}
 """By the name of a kind, what makes a place of it; a folder is given to it."""
-
-
-def with_store(stores: Stores, check: Callable[[RunStore], Awaitable[None]]) -> None:
-    """Run `check` with an open store."""
-
-    async def main() -> None:
-        async with stores.open() as store:
-            await check(store)
-
-    run_async(main())

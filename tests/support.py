@@ -56,6 +56,16 @@ def run_async(main: Coroutine[Any, Any, _T], *, loop_factory: LoopFactory | None
     return result
 
 
+def with_store(stores: Stores, check: Callable[[RunStore], Awaitable[None]]) -> None:
+    """Run `check` with an open store."""
+
+    async def main() -> None:
+        async with stores.open() as store:
+            await check(store)
+
+    run_async(main())
+
+
 async def eventually(fact: Callable[[], object]) -> None:
     """Return once `fact()` holds; fails after the limit."""
     async with asyncio.timeout(LIMIT_SECONDS):

@@ -136,7 +136,10 @@ class BatchWriter:
                 # Where the connection was lost there may be nothing to write; an empty batch brings it back.
                 if self._waiting or self._connection is None:
                     self._batch = self._take_batch()
-                    await self._write(self._batch)
+                    try:
+                        await self._write(self._batch)
+                    except Exception:  # noqa: BLE001 - logged there
+                        self._lose_track()
         finally:
             self._is_closing = True
             for asked in self._batch.asked:
@@ -231,6 +234,13 @@ class BatchWriter:
             self._connection = None
             self._woken.set()
             connection.terminate()
+
+    def _lose_track(self) -> None:
+        """Go on after a defect of ours: what was written is not known, so all that is held goes to others."""
+        log.exception("a batch came to an end that nobody expected; all that this process held is given up")
+        for asked in self._batch.asked:
+            asked.fail(StoreUnavailable(_IN_DOUBT))
+        self._begin_again(Batch(self._held))
 
     def _begin_again(self, batch: Batch) -> None:
         """Go on under another name: nothing of the batch was written now, and all that was held is lost."""

@@ -13,6 +13,7 @@ from runtime_service.runs import RunStatus, now_ms
 from runtime_service.store import postgres_writer
 from runtime_service.store.base import Change, Outcome, TurnLost
 from runtime_service.store.postgres import PostgresStore
+from runtime_service.store.postgres_batch import Batch
 from runtime_service.store.postgres_schema import migrate
 from tests.postgres import PostgresServer, session_server
 from tests.stores import PostgresStores
@@ -242,6 +243,31 @@ def test_lease_that_ran_out_behind_a_lost_answer(monkeypatch: pytest.MonkeyPatch
             # All that it held is nobody's now, and goes on.
             assert len(await store.recover(3, lambda _: True)) == 5
             assert len(await store.claim_turns(9)) == 5
+
+    run_async(main())
+
+
+def test_defect_that_ends_a_batch_does_not_end_the_writer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asked is told that it is in doubt; what is held goes to others, because nobody knows what was written."""
+    stores = PostgresStores()
+
+    async def main() -> None:
+        async with stores.open() as store:
+            run = (await store.start_run(new_run(), claim=True)).run
+
+            def fail(*_: object) -> None:
+                monkeypatch.undo()
+                raise KeyError
+
+            monkeypatch.setattr(Batch, "settle", fail)
+            with pytest.raises(StoreUnavailable, match="may have taken effect"):
+                await store.append_events(key_of(run), said("a"))
+            with pytest.raises(TurnLost):
+                await store.append_events(key_of(run), said("b"))
+            assert [change.run.id for change in await store.recover(3, lambda _: True)] == [run.id]
+            (change,) = await store.claim_turns(9)
+            await store.finish_turn(key_of(change.run), [], COMPLETED)
+            assert store.is_available
 
     run_async(main())
 

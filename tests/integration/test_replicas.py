@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos.acp.runs.v1 import run_pb2 as pb
 from protos.acp.runs.v1 import run_service_pb2 as rpc
+from runtime_service import peers as peers_module
 from runtime_service.executor import ExecutorLimits
 from runtime_service.peers import Peers
 from runtime_service.store.base import accepted_run
@@ -291,6 +292,29 @@ def test_service_does_not_ask_itself(replicas: Replicas) -> None:
                 async with aclosing(peers.follow(address, held, 0)) as updates:
                     assert (await anext(updates, None) is None) is (own == address)
                 assert (await peers.cancel(address, ORGANIZATION, cancel) is None) is (own == address)
+                await peers.close()
+
+    in_loop(main())
+
+
+def test_followers_stay_when_other_services_are_asked(replicas: Replicas, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A channel too many is closed behind those who use it."""
+    monkeypatch.setattr(peers_module, "_MAX_CHANNELS", 1)
+    database = replicas.url.rpartition("/")[2]
+
+    async def main() -> None:
+        async with replicas.open() as client:
+            run = await client.start("hi", "gated")
+            address = session_server().execute("SELECT address FROM acp.replicas", database)
+            held = msgspec.structs.replace(accepted_run(new_run(server_id="gated"), claim=True), id=run.id)
+            peers = Peers("127.0.0.1:9", TOKEN, ())
+            async with aclosing(peers.follow(address, held, 0)) as updates:
+                await anext(updates)
+                assert await peers.cancel("127.0.0.1:8", ORGANIZATION, rpc.CancelRunRequest(run_id=run.id)) is None
+                gate[-1].set()
+                assert [event.content async for update in updates for event in update.events][-1] == "re: hi"
+            async with aclosing(peers.follow(address, held, 0)) as updates:
+                await anext(updates)
                 await peers.close()
 
     in_loop(main())

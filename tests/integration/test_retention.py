@@ -127,11 +127,13 @@ def test_retention_keeps_runs_for_ever_unless_told_otherwise(
 class Flawed:
     """Stands in for a store's `delete_runs`: the call of a number fails, and each takes so long."""
 
-    def __init__(self, store: SQLiteStore, *, fails: int = 0, seconds: float = 0.0) -> None:
+    def __init__(
+        self, store: SQLiteStore, *, fails: int = 0, by: type[Exception] = StoreUnavailable, seconds: float = 0.0
+    ) -> None:
         self.calls = 0
         self.times: list[tuple[float, float]] = []  # of the calls that have ended
         self._delete_runs = store.delete_runs
-        self._fails = fails
+        self._fails, self._by = fails, by
         self._seconds = seconds
 
     async def __call__(self, before_ms: int, limit: int) -> Deleted:
@@ -141,16 +143,21 @@ class Flawed:
         try:
             await asyncio.sleep(self._seconds)
             if self.calls == self._fails:
-                raise StoreUnavailable("It is away.")
+                raise self._by("It is away.")
             return await self._delete_runs(before_ms, limit)
         finally:
             self.times.append((began, monotonic()))
 
 
-def test_retention_goes_on_when_the_store_is_back(
-    tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("by", [StoreUnavailable, KeyError])
+def test_retention_goes_on_behind_a_failure(
+    tmp_path: Path,
+    clock: Clock,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    by: type[Exception],
 ) -> None:
-    """What it did before is told, what is left is deleted at the next time."""
+    """What it did before is told, what is left is deleted at the next time; also if nobody foresaw the failure."""
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(retention, "_BATCH_ROWS", 3)
 
@@ -158,13 +165,13 @@ def test_retention_goes_on_when_the_store_is_back(
         async with opened(tmp_path) as store:
             runs = [await ended(store, clock) for _ in range(3)]
             clock.days += 2
-            monkeypatch.setattr(store, "delete_runs", Flawed(store, fails=2))
+            monkeypatch.setattr(store, "delete_runs", Flawed(store, fails=2, by=by))
             async with retaining(store, RetentionLimits(run_days=1.0, interval_seconds=0.001)):
                 await eventually(lambda: len(lines(caplog)) == 3)
                 assert await runs_of(store, runs[0]) == []
         assert lines(caplog) == [
             "deleted 1 runs, with 0 turns and 2 events",
-            "what is old is deleted later: It is away.",
+            "what is old is deleted later" + (": It is away." if by is StoreUnavailable else ""),
             "deleted 2 runs, with 3 turns and 4 events",
         ]
 

@@ -8,7 +8,7 @@ import pytest
 from runtime_service.errors import InvalidRequest, RequestIdReused, RunNotFound, RunServiceError, StoreUnavailable
 from runtime_service.runs import EventDraft, EventRole, LogLevel, RunMode, RunStatus
 from runtime_service.store.base import ATTEMPT_BEGINS, Cancel, Change, Outcome, RunStore, TurnKey, TurnLost
-from tests.stores import Stores, with_store
+from tests.stores import Stores
 from tests.support import (
     ALL,
     ORGANIZATION,
@@ -23,6 +23,7 @@ from tests.support import (
     running,
     said,
     snapshot,
+    with_store,
 )
 
 COMPLETED = Outcome(RunStatus.COMPLETED, output="done")

@@ -10,7 +10,7 @@ from runtime_service.errors import RunNotFound
 from runtime_service.runs import RunStatus, now_ms
 from runtime_service.store.base import Deleted, Outcome, RunStore
 from runtime_service.store.sqlite_deletions import OldRuns, old_runs
-from tests.stores import SQLiteStores, Stores, with_store
+from tests.stores import SQLiteStores, Stores
 from tests.support import (
     ALL,
     ORGANIZATION,
@@ -26,6 +26,7 @@ from tests.support import (
     running,
     said,
     snapshot,
+    with_store,
 )
 
 COMPLETED = Outcome(RunStatus.COMPLETED, "done")
