@@ -7,21 +7,15 @@ executed here is held by a lease, which is renewed; what others held and lost is
 
 import asyncio
 import logging
-import math
 import random
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any
 
 import msgspec
 
-from runtime_service.errors import (
-    AgentUnavailable,
-    CapacityExceeded,
-    Draining,
-    RunServiceError,
-    StoreUnavailable,
-)
+from runtime_service.admission import Admission
+from runtime_service.errands import PATIENCE_SECONDS, Errands
+from runtime_service.errors import AgentUnavailable, CapacityExceeded, Draining, RunServiceError, StoreUnavailable
 from runtime_service.event_log import EventLog
 from runtime_service.execution import Execution
 from runtime_service.registry import Registry, Server
@@ -41,11 +35,8 @@ from runtime_service.store.base import (
 
 log = logging.getLogger(__name__)
 
-_CLAIM_BATCH = 64
 _STORE_RETRY_SECONDS = 1.0
 _ADMITTING_SECONDS = 10.0
-_PATIENCE_SECONDS = 5.0
-_COUNT_SECONDS = 0.25
 
 
 class ExecutorLimits(msgspec.Struct, frozen=True):
@@ -72,16 +63,9 @@ class Executor:
         self._limits = limits
         self._executions: dict[str, Execution] = {}  # the newest of each run
         self._tasks: dict[Execution, asyncio.Task[None]] = {}  # until it has ended, or was given up
-        self._occupied = 0  # running turns, and those that are being claimed
-        self._queued = 0  # turns that wait, as far as is known here
-        self._counted_at = -math.inf
-        self._waits = False  # a turn may wait for room only
-        self._noted = 0  # how often that was said
-        self._queueing = 0  # turns that are being stored as queued
-        self._admitting: set[asyncio.Future[Any]] = set()
-        self._telling: dict[asyncio.Future[Change], float] = {}  # who waits for the store, and since when, in order
+        self._admission = Admission(store, limits.max_turns, limits.max_queued, self._launch)
+        self._errands = Errands()
         self._keeping: list[asyncio.Task[None]] = []
-        self._claiming: asyncio.Task[None] | None = None
         self._draining = False
 
     async def start(self) -> None:
@@ -94,7 +78,7 @@ class Executor:
             for seconds, act in (
                 (limits.heartbeat_seconds, self._store.renew),
                 (limits.sweep_seconds, self._sweep),
-                (_PATIENCE_SECONDS / 5, self._stop_waiting),
+                (PATIENCE_SECONDS / 5, self._errands.stop_waiting),
             )
         ]
 
@@ -105,9 +89,7 @@ class Executor:
             log.warning("recovered %d turns: %d queued again, %d failed", len(changes), len(changes) - lost, lost)
         for change in changes:
             self._event_log.doubt(change.run.id)
-        await self._count()
-        if self._queued:
-            self.turns_wait()
+        await self._admission.recount()
 
     # Requests
 
@@ -142,18 +124,9 @@ class Executor:
         """Answer a request that was accepted before; else raise `refusal`, unless there may be room by now."""
         if new.request is not None and (known := await self._store.get_requested(new)) is not None:
             return known
-        if not isinstance(refusal, CapacityExceeded) or not await self._count():
+        if not isinstance(refusal, CapacityExceeded) or not await self._admission.count():
             raise refusal
         return None
-
-    async def _count(self) -> bool:
-        """Look how many turns wait, unless that was done a moment ago."""
-        now = asyncio.get_running_loop().time()
-        if now - self._counted_at < _COUNT_SECONDS:
-            return False
-        self._counted_at = now
-        self._queued = await self._store.count_queued()
-        return True
 
     def executes(self, run_id: str) -> bool:
         """Return whether a turn of the run is executed here."""
@@ -161,15 +134,16 @@ class Executor:
 
     async def cancel_run(self, cancel: Cancel) -> Change:
         """Cancel every open turn of a run; returns once that is written down. Raises RunNotFound, RequestIdReused."""
-        return await self._told(asyncio.ensure_future(self._cancel(cancel)), _ignore)
+        return await self._errands.told(asyncio.ensure_future(self._cancel(cancel)))
 
     async def drain(self, grace_seconds: float) -> None:
         """Take no more work, give running turns the grace period, put the rest back into the queue."""
         self._draining = True
+        self._admission.close()
         for task in self._keeping[1:]:
             task.cancel()
-        asked = self._admitting if self._claiming is None else {*self._admitting, self._claiming}
-        if asked:
+        claiming = self._admission.claiming
+        if asked := self._errands.under_way | ({claiming} if claiming is not None else set()):
             await asyncio.wait(asked, timeout=_ADMITTING_SECONDS)
         if self._tasks:
             await asyncio.wait(self._tasks.values(), timeout=grace_seconds)
@@ -181,7 +155,7 @@ class Executor:
             log.info("%d turns go back to the queue", len(left))
             # A store that is away takes nothing back: who sweeps behind it does.
             releasing = [asyncio.create_task(execution.release()) for execution in left]
-            await asyncio.wait(releasing, timeout=_PATIENCE_SECONDS)
+            await asyncio.wait(releasing, timeout=PATIENCE_SECONDS)
         for task in self._keeping:
             task.cancel()
 
@@ -193,80 +167,37 @@ class Executor:
             raise Draining
         if (reason := server.agent.unavailable_reason()) is not None:
             raise AgentUnavailable(reason)
-        if self._occupied < self._limits.max_turns and not self._waits:
-            self._occupied += 1
-            return True
-        if self._queued + self._queueing >= self._limits.max_queued:
-            raise CapacityExceeded(
-                f"{self._queued} turns are waiting already; try again in a moment.",
-                retry_after_seconds=1.0,
-            )
-        self._queueing += 1
-        return False
+        return self._admission.reserve()
 
     async def _accepted(self, write: Awaitable[Change], claim: bool, execution: Execution | None = None) -> Change:
-        return await self._told(asyncio.ensure_future(write), partial(self._on_accepted, claim, execution))
-
-    async def _told(self, write: asyncio.Future[Change], on_done: Callable[[asyncio.Future[Change]], None]) -> Change:
-        """Wait for a write as long as a caller should; it goes on to its end, where `on_done` sees to what follows."""
-        self._admitting.add(write)
-        # The caller waits for another future than the store's: its cancel is not the write's.
-        loop = asyncio.get_running_loop()
-        told: asyncio.Future[Change] = loop.create_future()
-        self._telling[told] = loop.time()
-        write.add_done_callback(partial(self._on_done, told, on_done))
-        return await told
-
-    def _on_done(
-        self,
-        told: asyncio.Future[Change],
-        on_done: Callable[[asyncio.Future[Change]], None],
-        write: asyncio.Future[Change],
-    ) -> None:
-        self._admitting.discard(write)
-        self._telling.pop(told, None)
-        _pass_on(write, told)
-        on_done(write)
-
-    async def _stop_waiting(self) -> None:
-        """Tell the callers that have waited too long for the store that they may ask again."""
-        before = asyncio.get_running_loop().time() - _PATIENCE_SECONDS
-        for told, since in list(self._telling.items()):
-            if since > before:
-                return
-            del self._telling[told]
-            if not told.done():
-                message = "The store does not answer; the request may still take effect. Ask again in a moment."
-                told.set_exception(StoreUnavailable(message))
+        return await self._errands.told(asyncio.ensure_future(write), partial(self._on_accepted, claim, execution))
 
     def _on_accepted(self, claim: bool, execution: Execution | None, accepted: asyncio.Future[Change]) -> None:
         """A turn was stored now, before, or not; `claim` says that room was reserved, `execution` is its early one."""
         if not claim:
-            self._queueing -= 1
+            self._admission.leave_queue()
         if accepted.cancelled() or accepted.exception() is not None or accepted.result().replayed:
             if execution is not None:
                 execution.take_rest()
                 self._end_agent(execution)
             elif claim:
-                self._vacate()
+                self._admission.vacate()
             return
         change = accepted.result()
         if execution is not None:
             self._publish(change)
             if execution.is_over:
                 # The lease was lost while the turn was being stored. It is held under the next one: by nobody, now.
-                self._see_to(self._give_back(execution))
+                self._errands.see_to(self._give_back(execution))
         elif change.run.status is RunStatus.RUNNING:
             self._launch(change)
         else:
-            self._queued += 1
-            if change.run.turn.ready:
-                self._note_ready()
+            self._admission.note_queued(ready=change.run.turn.ready)
             self._publish(change)
             if claim:
-                self._vacate()
+                self._admission.vacate()
             else:
-                self._claim_if_room()
+                self._admission.claim_if_room()
 
     async def _give_back(self, execution: Execution) -> None:
         """Put a turn of which the execution was ended back into the queue."""
@@ -275,22 +206,11 @@ class Executor:
         await execution.release()
         self.turns_wait()
 
-    def _see_to(self, act: Coroutine[Any, Any, None]) -> None:
-        """Do what a drain waits for."""
-        task = asyncio.create_task(act)
-        self._admitting.add(task)
-        task.add_done_callback(self._admitting.discard)
-
-    def _note_ready(self) -> None:
-        self._waits = True
-        self._noted += 1
-
     # What other processes do
 
     def turns_wait(self) -> None:
         """A turn waits that may be claimed."""
-        self._note_ready()
-        self._claim_if_room()
+        self._admission.claim_ready()
 
     def runs_changed(self, run_ids: Sequence[str]) -> None:
         """Another process wrote to these runs; to any, where none is named."""
@@ -299,7 +219,7 @@ class Executor:
         for run_id in run_ids:
             self._event_log.doubt(run_id)
             if (execution := self._executions.get(run_id)) is not None:
-                self._see_to(self._check(execution))
+                self._errands.see_to(self._check(execution))
 
     async def _check(self, execution: Execution) -> None:
         """Look whether a turn is still to be executed here, and how far its log has grown."""
@@ -324,41 +244,6 @@ class Executor:
         self._end_agent(execution)
         self._event_log.doubt(execution.run.id)
 
-    # Claiming
-
-    def _vacate(self) -> None:
-        self._occupied -= 1
-        self._claim_if_room()
-
-    def _claim_if_room(self) -> None:
-        if self._claiming is None and self._waits and not self._draining:
-            self._claiming = asyncio.create_task(self._claim())
-
-    async def _claim(self) -> None:
-        """Claim as long as there is room and something waits for it. What comes up meanwhile is seen here, too."""
-        try:
-            while self._waits and not self._draining:
-                room = min(self._limits.max_turns - self._occupied, _CLAIM_BATCH)
-                if room <= 0:
-                    return
-                noted = self._noted
-                self._occupied += room
-                changes: list[Change] = []
-                try:
-                    changes = await self._store.claim_turns(room)
-                except StoreUnavailable:
-                    await asyncio.sleep(_STORE_RETRY_SECONDS)
-                    continue
-                finally:
-                    self._occupied -= room - len(changes)
-                self._queued = max(0, self._queued - len(changes))
-                for change in changes:
-                    self._launch(change)
-                if len(changes) < room and noted == self._noted:
-                    self._waits = False
-        finally:
-            self._claiming = None
-
     # Execution
 
     def _launch(self, change: Change) -> None:
@@ -367,7 +252,7 @@ class Executor:
         if run.status is not RunStatus.RUNNING:
             # Others have cancelled it before it was known that it is claimed.
             self._publish(change)
-            self._vacate()
+            self._admission.vacate()
         elif server is not None:
             self._begin(run, server)
             self._publish(change)
@@ -404,7 +289,7 @@ class Executor:
         self._end_agent(execution)
 
     def _settle_outside(self, execution: Execution, outcome: Outcome) -> None:
-        self._see_to(execution.settle_outside(outcome))
+        self._errands.see_to(execution.settle_outside(outcome))
 
     def _forget(self, execution: Execution) -> None:
         """Free the room of an execution, once: when it has ended or was given up."""
@@ -417,7 +302,7 @@ class Executor:
 
     def _free_room(self, run_id: str) -> None:
         self._event_log.let_go(run_id)
-        self._vacate()
+        self._admission.vacate()
 
     async def _fail_undeclared(self, change: Change) -> None:
         run = change.run
@@ -454,7 +339,7 @@ class Executor:
             if execution is not None:
                 execution.resume()
             return change
-        self._counted_at = -math.inf  # some may wait no longer
+        self._admission.forget_count()
         # One that was claimed while the cancel was on its way, too; but not one that came behind it.
         ended = {execution, self._executions.get(run_id)}
         settled = [e for e in ended if e is not None and e.run.turn.number <= change.run.last_turn]
@@ -483,7 +368,7 @@ class Executor:
         if execution is not None:
             execution.log_grew(change.run.last_sequence)
         if change.run.status in TERMINAL and change.run.turn.number < change.run.last_turn:
-            self._note_ready()
+            self._admission.note_ready()
         self._event_log.publish(change)
 
     def _may_repeat(self, server_id: str) -> bool:
@@ -502,19 +387,3 @@ async def _repeat(seconds: float, act: Callable[[], Awaitable[object]]) -> None:
         except Exception:
             # Without it, turns would be lost, or stay lost.
             log.exception("what is done again and again failed; it is tried again")
-
-
-def _ignore(_: asyncio.Future[Change]) -> None:
-    """Nothing follows."""
-
-
-def _pass_on(done: asyncio.Future[Change], told: asyncio.Future[Change]) -> None:
-    """Give a result to one who waits for it, if he still does."""
-    if told.done():
-        return
-    if done.cancelled():
-        told.cancel()
-    elif (error := done.exception()) is not None:
-        told.set_exception(error)
-    else:
-        told.set_result(done.result())

@@ -127,7 +127,7 @@ async def until_said(rt: Runtime, run: Run, text: str) -> None:
 def is_idle(rt: Runtime) -> bool:
     """Whether nothing of any run is left in memory, and all room is free."""
     executor = rt.executor
-    idle = not executor._tasks and not executor._executions and not executor._occupied
+    idle = not executor._tasks and not executor._executions and not executor._admission.occupied
     return idle and not rt.event_log._live
 
 

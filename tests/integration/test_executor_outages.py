@@ -57,7 +57,7 @@ def test_start_while_the_lease_is_lost_is_executed(stores: PostgresStores) -> No
             run = await rt.start()
             go.set()
             assert (await rt.until_status(run, COMPLETED)).turn.output == "hello"
-            await eventually(lambda: rt.executor._occupied == 0)
+            await eventually(lambda: rt.executor._admission.occupied == 0)
 
     run_async(main())
 
@@ -90,9 +90,9 @@ def test_turn_that_was_cancelled_before_its_claim_was_known_is_not_executed(
             await other.start_run(waiting, claim=False)
             rt.executor.turns_wait()
             await is_lost.wait()
-            await eventually(lambda: rt.executor._claiming is None)
+            await eventually(lambda: rt.executor._admission.claiming is None)
             assert (await other.get_run(waiting.organization, waiting.server_id, waiting.id)).status is CANCELLED
-            assert (agent.inputs, rt.executor._occupied) == ([], 0)
+            assert (agent.inputs, rt.executor._admission.occupied) == ([], 0)
 
     run_async(main())
 
@@ -101,7 +101,7 @@ def test_turn_that_was_cancelled_before_its_claim_was_known_is_not_executed(
 def test_drain_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, busy: str) -> None:
     """A service whose database is away stops all the same; others find its turns once the database is back."""
     monkeypatch.setattr(executor_module, "_ADMITTING_SECONDS", 0.1)
-    monkeypatch.setattr(executor_module, "_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(executor_module, "PATIENCE_SECONDS", 0.1)
     monkeypatch.setattr(postgres_writer, "_CLOSE_SECONDS", 0.1)
     server = PostgresServer(tmp_path / "server", durable=False).start()
 

@@ -64,7 +64,7 @@ def test_turn_that_is_noted_while_others_are_claimed_is_claimed_too(path: Path) 
             again = await asyncio.gather(*(rt.resume(run) for run in first for _ in range(3)))
             for run in again:
                 await rt.until_status(run, COMPLETED, turn=run.turn.number)
-            await eventually(lambda: rt.executor._occupied == 0)
+            await eventually(lambda: rt.executor._admission.occupied == 0)
 
     run_async(main())
 
@@ -78,7 +78,7 @@ def test_cancel_of_a_turn_that_is_being_claimed_ends_its_agent(path: Path, monke
         async with runtime(path, agent) as rt:
             run = await rt.start("first")
             await rt.cancel(run)
-            await eventually(lambda: rt.executor._occupied == 0)
+            await eventually(lambda: rt.executor._admission.occupied == 0)
             with disk.held():
                 continuing = asyncio.create_task(rt.resume(run))
                 await eventually(lambda: disk.holding)
@@ -86,7 +86,7 @@ def test_cancel_of_a_turn_that_is_being_claimed_ends_its_agent(path: Path, monke
                 await asyncio.sleep(0)
             await asyncio.gather(continuing, cancelling)
             await rt.until_status(run, CANCELLED)
-            await eventually(lambda: agent.running == 0 and rt.executor._occupied == 0)
+            await eventually(lambda: agent.running == 0 and rt.executor._admission.occupied == 0)
 
     run_async(main())
 
@@ -157,7 +157,7 @@ def test_agent_that_raises_past_exceptions_fails_its_turn_only(path: Path, error
         async with runtime(path, ScriptedAgent(script)) as rt:
             run = await rt.until_status(await rt.start(), FAILED)
             assert (run.turn.error_code, run.turn.output) == ("AGENT_FAILED", "so far")
-            await eventually(lambda: rt.executor._occupied == 0)
+            await eventually(lambda: rt.executor._admission.occupied == 0)
 
     run_async(main())
 
@@ -178,7 +178,7 @@ def test_turn_of_an_agent_that_ignores_its_limit_ends_all_the_same(path: Path) -
         async with runtime(path, ScriptedAgent(script), turn_timeout_seconds=0.05) as rt:
             run = await rt.until_status(await rt.start(), FAILED)
             assert (run.turn.error_code, run.turn.output) == ("TURN_TIMEOUT", "one")
-            await eventually(lambda: rt.executor._occupied == 0)
+            await eventually(lambda: rt.executor._admission.occupied == 0)
             assert contents(await log_of(rt.store, run.id))[:2] == ["hello", "one"]
             release.set()
 

@@ -18,6 +18,7 @@ LAYERS = [
     ["event_log"],
     ["speech"],
     ["execution"],
+    ["admission", "errands"],
     ["executor"],
     ["convert", "rpc_errors"],
     ["peers"],
