@@ -8,10 +8,9 @@ import math
 from collections.abc import Callable
 
 from runtime_service.errors import CapacityExceeded, StoreUnavailable
-from runtime_service.store.base import Change, RunStore
+from runtime_service.store.base import RETRY_SECONDS, Change, RunStore
 
 _CLAIM_BATCH = 64
-_STORE_RETRY_SECONDS = 1.0
 _COUNT_SECONDS = 0.25
 
 
@@ -114,7 +113,7 @@ class Admission:
                 try:
                     changes = await self._store.claim_turns(room)
                 except StoreUnavailable:
-                    await asyncio.sleep(_STORE_RETRY_SECONDS)
+                    await asyncio.sleep(RETRY_SECONDS)
                     continue
                 finally:
                     self.occupied -= room - len(changes)

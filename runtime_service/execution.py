@@ -20,7 +20,7 @@ from runtime_service.live_run import LiveRun
 from runtime_service.registry import Server
 from runtime_service.runs import EventDraft, LogLevel, Run, RunStatus
 from runtime_service.speech import Speech
-from runtime_service.store.base import Change, Outcome, RunStore, TurnKey, TurnLost, log_event
+from runtime_service.store.base import RETRY_SECONDS, Change, Outcome, RunStore, TurnKey, TurnLost, log_event
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,6 @@ _MAX_PENDING_BYTES = 1 << 20
 _YIELD_SECONDS = 0.001
 _DRAFT_SECONDS = 1.0
 _HISTORY_MESSAGES = 1_000
-_STORE_RETRY_SECONDS = 1.0
 
 
 class Execution:
@@ -137,7 +136,7 @@ class Execution:
             except TurnLost:
                 return
             except StoreUnavailable:
-                await asyncio.sleep(_STORE_RETRY_SECONDS)
+                await asyncio.sleep(RETRY_SECONDS)
             else:
                 return
 
@@ -298,7 +297,7 @@ class Execution:
                     change = await self._store.append_events(self._key, events)
                 except StoreUnavailable:
                     speech.not_stored(events)
-                    await asyncio.sleep(_STORE_RETRY_SECONDS)
+                    await asyncio.sleep(RETRY_SECONDS)
                     continue
                 speech.stored()
                 self._publish(change)
@@ -352,5 +351,5 @@ class Execution:
                 change = await self._store.finish_turn(self._key, events, outcome)
                 break
             except StoreUnavailable:
-                await asyncio.sleep(_STORE_RETRY_SECONDS)
+                await asyncio.sleep(RETRY_SECONDS)
         self._publish(change)

@@ -21,6 +21,7 @@ from runtime_service.execution import Execution
 from runtime_service.registry import Registry, Server
 from runtime_service.runs import TERMINAL, LogLevel, Run, RunStatus
 from runtime_service.store.base import (
+    RETRY_SECONDS,
     Cancel,
     Change,
     NewRun,
@@ -35,7 +36,6 @@ from runtime_service.store.base import (
 
 log = logging.getLogger(__name__)
 
-_STORE_RETRY_SECONDS = 1.0
 _ADMITTING_SECONDS = 10.0
 
 
@@ -316,7 +316,7 @@ class Executor:
             except TurnLost:
                 return
             except StoreUnavailable:
-                await asyncio.sleep(_STORE_RETRY_SECONDS)
+                await asyncio.sleep(RETRY_SECONDS)
             else:
                 return
 

@@ -268,6 +268,9 @@ def incomplete_event(text: str) -> EventDraft:
     return EventDraft(EventRole.ASSISTANT, text, now_ms(), log_type="incomplete", log_level=LogLevel.WARN)
 
 
+RETRY_SECONDS = 1.0
+"""Who has to write, and finds the store away, asks again after so long."""
+
 ATTEMPT_BEGINS = "Attempt {attempt} begins: the one before was broken off."
 """What the log says where a turn is begun again; one that was given back in order is not counted."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import apsw
 import pytest
 
+from runtime_service import admission as admission_module
 from runtime_service import execution as execution_module
 from runtime_service import executor as executor_module
 from runtime_service.agents import (
@@ -73,8 +74,8 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ask the store again at once."""
-    monkeypatch.setattr(executor_module, "_STORE_RETRY_SECONDS", 0.001)
-    monkeypatch.setattr(execution_module, "_STORE_RETRY_SECONDS", 0.001)
+    for module in (admission_module, executor_module, execution_module):
+        monkeypatch.setattr(module, "RETRY_SECONDS", 0.001)
 
 
 def says(*outputs: AgentOutput) -> Script:
