@@ -26,7 +26,7 @@ _TICK_SECONDS = 0.5
 
 
 class _Replica:
-    """One address. It is `leaving` when its name stands for others now: no new call for it while one of them is ready."""
+    """One address. It is `leaving` when its name stands for others now: no new call for it once one is ready there."""
 
     def __init__(self, address: Address, channel: Channel, owner: "Replicas") -> None:
         name = f"the runtime service at {address}"
@@ -128,9 +128,13 @@ class Replicas:
         """
         self._in_a_hurry = True
         for call in list(self._calls()):
-            if call.cut_wait():
-                call.place.forget(call)
-                self._place(call)
+            self.hurry_call(call)
+
+    def hurry_call(self, call: Call) -> None:
+        """Have a call that waits for something, up to a time, answered with what there is by now."""
+        if not call.ended and call.cut_wait():
+            call.place.forget(call)
+            self._place(call)
 
     def _calls(self) -> Iterator[Call]:
         yield from self._waiting
