@@ -58,7 +58,7 @@ class RunHandlers:
         """POST …/runs"""
         context, target = self._enter(request, "execute", connected)
         body = decode_start(await self._body(request), self._body_limits)
-        form = stream_form(request.headers.get("Accept"))
+        form = _form(request)
         wait = self._waiting(request, body.mode)
         updates = self._client.start_run(
             context,
@@ -76,7 +76,7 @@ class RunHandlers:
         """POST …/runs/{runId}/input"""
         context, target = self._enter(request, "execute", connected)
         body = decode_continue(await self._body(request), self._body_limits)
-        form = stream_form(request.headers.get("Accept"))
+        form = _form(request)
         wait = self._waiting(request, body.mode)
         updates = self._client.continue_run(
             context,
@@ -126,7 +126,7 @@ class RunHandlers:
         """GET …/runs/{runId}/events"""
         context, target = self._enter(request, "runs:read", connected)
         run_id = request.match_info["runId"]
-        form = stream_form(request.headers.get("Accept"))
+        form = _form(request)
         if form is not None:
             after = resume_after(request.query, request.headers.get("Last-Event-ID"))
             updates = self._client.watch(context, target, run_id, after)
@@ -310,6 +310,11 @@ def _envelope(
 
 def _repetition(request: web.Request, body: StartBody | ContinueBody | None) -> Repetition | None:
     return repetition(request.headers.getall(HEADER, ()), body)
+
+
+def _form(request: web.Request) -> StreamForm | None:
+    # A header of several lines is one list (RFC 9110, 5.3).
+    return stream_form(",".join(request.headers.getall("Accept", ())))
 
 
 def _mode(wait: Waiting, form: StreamForm | None) -> "pb.RunMode.ValueType":
