@@ -1,6 +1,7 @@
 """One short method an operation: decode, call, encode. What is the same for all is in `app`."""
 
 from collections.abc import AsyncIterator, Iterable
+from functools import partial
 from typing import get_args
 
 from aiohttp import web
@@ -22,7 +23,7 @@ from gateway.idempotency import HEADER, REPLAYED, Repetition, repetition
 from gateway.metrics import Metrics
 from gateway.preferences import Waiting, choice, resume_after, waiting, whole_number
 from gateway.request_body import read_body
-from gateway.requests import info_of
+from gateway.requests import info_of, when_left
 from gateway.run_client import CallContext, RunClient, ServerTarget, UpdateStream
 from gateway.schema import Envelope, RunList, RunStatus
 from gateway.streaming import OpenStreams, StreamForm, stream_form
@@ -57,7 +58,7 @@ class RunHandlers:
         """POST …/runs"""
         context, target = self._enter(request, "execute", connected)
         body = decode_start(await self._body(request), self._body_limits)
-        form = stream_form(request.headers.get("Accept"))
+        form = _form(request)
         wait = self._waiting(request, body.mode)
         updates = self._client.start_run(
             context,
@@ -75,7 +76,7 @@ class RunHandlers:
         """POST …/runs/{runId}/input"""
         context, target = self._enter(request, "execute", connected)
         body = decode_continue(await self._body(request), self._body_limits)
-        form = stream_form(request.headers.get("Accept"))
+        form = _form(request)
         wait = self._waiting(request, body.mode)
         updates = self._client.continue_run(
             context,
@@ -125,7 +126,7 @@ class RunHandlers:
         """GET …/runs/{runId}/events"""
         context, target = self._enter(request, "runs:read", connected)
         run_id = request.match_info["runId"]
-        form = stream_form(request.headers.get("Accept"))
+        form = _form(request)
         if form is not None:
             after = resume_after(request.query, request.headers.get("Last-Event-ID"))
             updates = self._client.watch(context, target, run_id, after)
@@ -194,6 +195,8 @@ class RunHandlers:
         if form is not None:
             return await self._streams.relay(request, updates, form, begin)
         try:
+            if wait.seconds:
+                when_left(request, updates.hurry)
             first = await updates.next()
             assert first is not None, "a turn has at least one update"
             run = first.run
@@ -229,8 +232,9 @@ class RunHandlers:
         wait_seconds: float = 0,
     ) -> Answer:
         """Answer with a run's log, written out page by page as it was when the first page was read."""
+        on_asked = partial(when_left, request) if wait_seconds else None
         first = await self._client.list_events(
-            context, target, run_id, after=after, limit=limit, wait_seconds=wait_seconds
+            context, target, run_id, after=after, limit=limit, wait_seconds=wait_seconds, on_asked=on_asked
         )
         end = min(first.run.last_sequence, after + limit if limit else first.run.last_sequence)
         has_more = end < first.run.last_sequence
@@ -306,6 +310,11 @@ def _envelope(
 
 def _repetition(request: web.Request, body: StartBody | ContinueBody | None) -> Repetition | None:
     return repetition(request.headers.getall(HEADER, ()), body)
+
+
+def _form(request: web.Request) -> StreamForm | None:
+    # A header of several lines is one list (RFC 9110, 5.3).
+    return stream_form(",".join(request.headers.getall("Accept", ())))
 
 
 def _mode(wait: Waiting, form: StreamForm | None) -> "pb.RunMode.ValueType":

@@ -66,6 +66,9 @@ class HealthWatch:
             except grpc.aio.AioRpcError:
                 self._set(serving=False, silent=False)
                 pause = _BROKEN_SECONDS
+            except Exception:
+                log.exception("the health of %s cannot be followed; it is asked again", self._name)
+                self._set(serving=False, silent=False)
             finally:
                 stream.cancel()
             if not self.is_serving:

@@ -22,7 +22,7 @@ from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
 from gateway.answers import JsonAnswer
 from gateway.errors import ApiError
-from gateway.requests import error_answer, from_http_exception, new_request_id, request_id
+from gateway.requests import client_left, error_answer, from_http_exception, new_request_id, request_id
 
 _LOG = logging.getLogger(__name__)
 
@@ -115,7 +115,10 @@ class Connection(RequestHandler):
             self._is_turned_away = False
             cast(Connections, self._manager).turning_away -= 1
         self._stop_head_timer()
+        request = self._current_request
         super().connection_lost(exc)
+        if request is not None:
+            client_left(request)
 
     def data_received(self, data: bytes) -> None:
         if self._took_offence:

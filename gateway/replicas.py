@@ -26,7 +26,7 @@ _TICK_SECONDS = 0.5
 
 
 class _Replica:
-    """One address. Never a new call for one that is `leaving`: its name stands for others now."""
+    """One address. It is `leaving` when its name stands for others now: no new call for it once one is ready there."""
 
     def __init__(self, address: Address, channel: Channel, owner: "Replicas") -> None:
         name = f"the runtime service at {address}"
@@ -39,7 +39,7 @@ class _Replica:
 
     @property
     def is_ready(self) -> bool:
-        return self.session.can_take and self.health.is_serving and not self.leaving
+        return self.session.can_take and self.health.is_serving
 
     async def close(self) -> None:
         await self.health.close()
@@ -128,9 +128,13 @@ class Replicas:
         """
         self._in_a_hurry = True
         for call in list(self._calls()):
-            if call.cut_wait():
-                call.place.forget(call)
-                self._place(call)
+            self.hurry_call(call)
+
+    def hurry_call(self, call: Call) -> None:
+        """Have a call that waits for something, up to a time, answered with what there is by now."""
+        if not call.ended and call.cut_wait():
+            call.place.forget(call)
+            self._place(call)
 
     def _calls(self) -> Iterator[Call]:
         yield from self._waiting
@@ -154,7 +158,8 @@ class Replicas:
             self._ready = []
             return
         replicas = self._replicas.values()
-        self._ready = [replica.session for replica in replicas if replica.is_ready]
+        ready = [replica for replica in replicas if replica.is_ready]
+        self._ready = [replica.session for replica in ready if not replica.leaving] or [each.session for each in ready]
         if not self._ready:
             self._served.clear()
             return
@@ -252,7 +257,7 @@ class Replicas:
             self._fail_if_overdue(call, now)
         self._give_out()
         for address, replica in list(self._replicas.items()):
-            if replica.leaving and not replica.session.calls:
+            if replica.leaving and not replica.session.calls and replica.session not in self._ready:
                 del self._replicas[address]
                 self._spawn(replica.close())
 
@@ -262,7 +267,14 @@ class Replicas:
 
     def _fail_if_overdue(self, call: Call, now: float) -> None:
         if call.waits_since is not None and now - call.waits_since >= self._reconnect_seconds:
-            call.fail(call.refusal or _unreachable(call))
+            call.fail(call.refusal or self._absence(call))
+
+    def _absence(self, call: Call) -> ApiError:
+        """What to tell about nobody who takes a call: that one of them would but for this gateway, if it is so."""
+        for replica in self._replicas.values():
+            if replica.session.hopeless is not None and not replica.leaving and not call.sent:
+                return refused(replica.session.hopeless)
+        return _unreachable(call)
 
     # Who is there
 

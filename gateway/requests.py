@@ -2,7 +2,7 @@
 
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from typing import Final
 
@@ -22,7 +22,7 @@ _TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 class RequestInfo:
     """One request; every value is fit for a log and for gRPC metadata."""
 
-    __slots__ = ("caller", "request_id", "run_id", "traceparent")
+    __slots__ = ("caller", "on_left", "request_id", "run_id", "traceparent")
 
     def __init__(self, request: web.BaseRequest) -> None:
         known = request.headers.get("X-Request-Id")
@@ -32,6 +32,7 @@ class RequestInfo:
         self.traceparent = trace if trace and _TRACEPARENT.fullmatch(trace) else None
         self.caller: Caller | None = None
         self.run_id: str | None = None
+        self.on_left: Callable[[], None] | None = None
 
     @property
     def headers(self) -> dict[str, str]:
@@ -51,6 +52,21 @@ def begin_info(request: web.BaseRequest) -> RequestInfo:
 def info_of(request: web.BaseRequest) -> RequestInfo:
     """Return what `begin_info` made."""
     return request[_INFO]
+
+
+def when_left(request: web.BaseRequest, do: Callable[[], None]) -> None:
+    """Have `do` called when the client goes before its answer; at once, when it has gone."""
+    if request.transport is None:
+        do()
+    else:
+        info_of(request).on_left = do
+
+
+def client_left(request: web.BaseRequest) -> None:
+    """Do what `when_left` was told."""
+    info = request.get(_INFO)
+    if info is not None and info.on_left is not None:
+        info.on_left()
 
 
 def request_id(request: web.BaseRequest) -> str:

@@ -5,6 +5,8 @@ Handlers ask for operations; what carries them is known here alone. Errors leave
 
 import itertools
 import secrets
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from gateway.call import Call
@@ -34,12 +36,16 @@ class ServerTarget(NamedTuple):
 
 
 class UpdateStream:
-    """The updates of one operation, in order. `stop` or `fail` it when it is left early."""
+    """The updates of one operation, in order. `stop` or `fail` it when it is left early.
 
-    __slots__ = ("_call", "fail", "stop")
+    `hurry` has a wait for the end of a turn answered with what there is by now.
+    """
 
-    def __init__(self, call: Call) -> None:
+    __slots__ = ("_call", "fail", "hurry", "stop")
+
+    def __init__(self, call: Call, replicas: Replicas) -> None:
         self._call = call
+        self.hurry = partial(replicas.hurry_call, call)
         self.stop = call.stop
         self.fail = call.fail
 
@@ -112,7 +118,7 @@ class RunClient:
             request.metadata_json = metadata
         request.stream.CopyFrom(stream)
         self._identify(request, repetition)
-        return UpdateStream(self.replicas.open(command, _stream_seconds(mode, stream)))
+        return UpdateStream(self.replicas.open(command, _stream_seconds(mode, stream)), self.replicas)
 
     def watch(self, context: CallContext, target: ServerTarget, run_id: str, after: int) -> UpdateStream:
         """Follow a run from behind sequence `after`, deltas included."""
@@ -122,7 +128,7 @@ class RunClient:
         request.run_id = run_id
         request.after_sequence = after
         request.stream.deltas = True
-        return UpdateStream(self.replicas.open(command, None))
+        return UpdateStream(self.replicas.open(command, None), self.replicas)
 
     async def get(self, context: CallContext, target: ServerTarget, run_id: str) -> rpc.GetRunResponse:
         """Return one run."""
@@ -158,8 +164,12 @@ class RunClient:
         after: int,
         limit: int,
         wait_seconds: float = 0,
+        on_asked: Callable[[Callable[[], None]], None] | None = None,
     ) -> rpc.ListRunEventsResponse:
-        """Return a page of a run's log: at most 1,000 events, and `limit`, unless that is 0."""
+        """Return a page of a run's log: at most 1,000 events, and `limit`, unless that is 0.
+
+        `on_asked` is given what cuts the wait short.
+        """
         command = _command(context)
         request = command.list_run_events
         _refer(request.server, target)
@@ -167,7 +177,7 @@ class RunClient:
         request.after_sequence = after
         request.page_size = min(limit, 1_000)
         request.wait_ms = int(wait_seconds * 1000)
-        return (await self._answer(command, wait_seconds)).list_run_events
+        return (await self._answer(command, wait_seconds, on_asked)).list_run_events
 
     async def cancel(
         self, context: CallContext, target: ServerTarget, run_id: str, repetition: Repetition | None = None
@@ -192,8 +202,15 @@ class RunClient:
             request.request_id = repetition.key
             request.request_digest = repetition.digest
 
-    async def _answer(self, command: rpc.SessionCommand, wait_seconds: float = 0) -> rpc.SessionUpdate:
+    async def _answer(
+        self,
+        command: rpc.SessionCommand,
+        wait_seconds: float = 0,
+        on_asked: Callable[[Callable[[], None]], None] | None = None,
+    ) -> rpc.SessionUpdate:
         call = self.replicas.open(command, _UNARY_SECONDS + wait_seconds)
+        if on_asked is not None:
+            on_asked(partial(self.replicas.hurry_call, call))
         try:
             update = await call.next()
         finally:

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 Stream: TypeAlias = "grpc.aio.StreamStreamCall[rpc.SessionRequest, rpc.SessionResponse]"
 
 _RECONNECT_SECONDS = (0.05, 2.0)
+_HELLO_SECONDS = 5.0  # once the replica is reached
 _STEADY_SECONDS = 1.0  # so old is a stream that is taken for one that lasts
 # What a batch of commands holds beside its last one, at most.
 _BATCH_BYTES = 1 << 18
@@ -139,12 +140,16 @@ class Session:
             stream = self._stream = self._open_stream()
             error: grpc.aio.AioRpcError | None = None
             try:
-                hello = await stream.read()
+                await stream.wait_for_connection()
+                async with asyncio.timeout(_HELLO_SECONDS):
+                    hello = await stream.read()
                 if isinstance(hello, rpc.SessionResponse):
                     await self._serve(stream, hello.limits)
             except grpc.aio.AioRpcError as broken:
                 error = broken
                 log.warning("the session with %s broke: %s %s", self._name, broken.code().name, broken.details())
+            except TimeoutError:
+                log.warning("%s begins no session in %g s; it is asked again", self._name, _HELLO_SECONDS)
             except asyncio.CancelledError:
                 task = asyncio.current_task()
                 if task is None or task.cancelling():

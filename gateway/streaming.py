@@ -165,6 +165,7 @@ class StreamRelay:
                     raise
                 last = frames.error(error)
             assert response is not None, "a stream has at least one update"
+            self._response = None  # nothing comes behind the end, however long its client takes to read it
             await self._write(response, last)
             await response.write_eof()
         except ConnectionError:

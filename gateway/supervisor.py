@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 
 _START_SECONDS = 60.0
 _POLL_SECONDS = 0.01
+_MIN_BACKOFF_SECONDS = 0.1
 _MAX_BACKOFF_SECONDS = 5.0
 _STOP_MARGIN_SECONDS = 10.0
 
@@ -107,23 +108,22 @@ class RuntimeProcess:
 
     async def _supervise(self) -> None:
         """Start the process again whenever it ends, at the same address, later each time that it fails."""
-        backoff = 0.1
-        loop = asyncio.get_running_loop()
+        backoff = _MIN_BACKOFF_SECONDS
         while True:
             assert self._process is not None
             code = await self._process.wait()
             log.error("the runtime service ended with exit code %s; starting it again", code)
-            started = loop.time()
             try:
                 self._process = await self._spawn()
                 await self._wait_until_ready(self._process)
                 log.info("the runtime service is back, process %d", self._process.pid)
+                backoff = _MIN_BACKOFF_SECONDS
             except (RuntimeFailed, OSError) as error:
                 log.error("%s", error)
                 if self._process.returncode is None:
                     self._process.kill()  # it hangs
                 await asyncio.sleep(backoff)
-            backoff = 0.1 if loop.time() - started > _MAX_BACKOFF_SECONDS else min(backoff * 2, _MAX_BACKOFF_SECONDS)
+                backoff = min(backoff * 2, _MAX_BACKOFF_SECONDS)
 
     async def _end(self) -> None:
         process = self._process

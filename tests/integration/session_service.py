@@ -32,6 +32,7 @@ class FakeSession:
         self._ignored: set[int] = set()
         self.requests: list[rpc.SessionRequest] = []
         self.closed = asyncio.Event()
+        self._begun = asyncio.Event()
 
     async def take(self, operation: str) -> rpc.SessionCommand:
         """The next command, which is this one."""
@@ -58,6 +59,7 @@ class FakeSession:
 
     async def send(self, *updates: rpc.SessionUpdate) -> None:
         """Send updates in one message."""
+        await self._begun.wait()  # gRPC takes one message at a time, and the hello may be read before it counts as sent
         await self._context.write(rpc.SessionResponse(updates=updates))
 
     def end(self, code: grpc.StatusCode = grpc.StatusCode.OK, details: str = "as the test says") -> None:
@@ -70,6 +72,7 @@ class FakeSession:
         try:
             if hello is not None:
                 await self._context.write(rpc.SessionResponse(limits=hello))
+            self._begun.set()
             futures: list[asyncio.Future[Any]] = [reader, self._end]
             await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
             if self._end.done() and self._end.result()[0] is not grpc.StatusCode.OK:

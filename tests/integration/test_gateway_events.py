@@ -569,6 +569,19 @@ def test_refusals_of_streams_are_documents(accept: str, tmp_path: Path) -> None:
     run_async(main())
 
 
+def test_accept_of_several_lines_is_one_list(tmp_path: Path) -> None:
+    """As a proxy may send it that adds its own."""
+
+    async def main() -> None:
+        async with serving(tmp_path) as stack:
+            path = await stack.start_async("echo", "hello")
+            accept = [("Accept", "text/html"), ("Accept", "text/event-stream"), ("X-API-Key", stack.key)]
+            async with stack.http.get(stack.url(path + "/events"), headers=accept) as answer:
+                assert answer.content_type == "text/event-stream"
+
+    run_async(main())
+
+
 def test_ndjson_and_sse_carry_the_same_documents(tmp_path: Path) -> None:
     """The two streamed forms differ in their frames only."""
 

@@ -10,12 +10,13 @@ import pytest
 from aiohttp import ClientConnectionError
 from prometheus_client.parser import text_string_to_metric_families
 
+from gateway.app import _PARTS
 from protos.acp.runs.v1 import run_service_pb2 as rpc
 from protos.acp.runs.v1 import run_service_pb2_grpc
 from tests.integration.stack import GATES, Stack, runs, serving, until
 from tests.integration.test_gateway import CALLER, reason_of
 from tests.integration.test_gateway_events import STREAMED, check_stream, events_of
-from tests.support import run_async
+from tests.support import eventually, run_async
 
 
 async def _is_ready(stack: Stack) -> bool:
@@ -247,6 +248,42 @@ def test_wait_that_begins_when_the_gateway_is_about_to_be_gone_is_cut_short(tmp_
             assert (await reader.read()).startswith(b"HTTP/1.1 202 ")
             writer.close()
             await stopping
+
+    run_async(main())
+
+
+@pytest.mark.parametrize("operation", ["start", "input", "events"])
+def test_client_that_leaves_its_wait_makes_room(operation: str, tmp_path: Path) -> None:
+    """What it has asked for goes on; what was kept for its answer is free for others at once."""
+    name = f"left at {operation}"
+
+    async def main() -> None:
+        async with serving(tmp_path) as stack:
+            replicas = stack.gateway._runner.app[_PARTS].replicas
+            path = await stack.start_async("gated", name)
+            await GATES[name].reached.wait()
+            method, target, content = {
+                "start": ("POST", runs("gated"), name + " too"),
+                "input": ("POST", path + "/input", name + " too"),
+                "events": ("GET", path + "/events?after=2&wait=50", None),
+            }[operation]
+            body = b"" if content is None else json.dumps({"content": content}).encode()
+            url = stack.url(target)
+            _, writer = await asyncio.open_connection(url.host, url.port)
+            lines = [f"{method} {url.raw_path_qs} HTTP/1.1", "Host: x", f"Content-Length: {len(body)}"]
+            lines += ["Content-Type: application/json", f"Authorization: Bearer {stack.key}", "", ""]
+            writer.write("\r\n".join(lines).encode() + body)
+            await eventually(lambda: any(replicas._calls()))
+            writer.close()
+            await eventually(lambda: not any(replicas._calls()))
+            assert not GATES[name].left.is_set()
+            GATES[name].open.set()
+            GATES[name + " too"].open.set()
+            if operation != "events":
+                latest = (await stack.call("GET", runs("gated") + "?limit=1")).json["runs"][0]
+                path = f"{runs('gated')}/{latest['id']}"
+                assert (await stack.until_status(path))["input"] == content
+            assert (await stack.until_status(path))["status"] == "completed"
 
     run_async(main())
 

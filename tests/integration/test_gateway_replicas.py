@@ -477,6 +477,21 @@ def test_replica_that_refuses_the_gateway_is_done_without() -> None:
     run_async(main())
 
 
+def test_replica_that_refuses_the_gateway_is_told_of_where_others_are_away() -> None:
+    """`localhost` may have two addresses, and nobody at one of them: that hides no wrong token at the other."""
+
+    async def main() -> None:
+        async with fake_services(2) as services:
+            services[0].refuse_with = grpc.StatusCode.UNAUTHENTICATED
+            await services[1].kill()
+            async with replicas_at(targets_of(services), reconnect_seconds=0.3) as known:
+                await eventually(lambda: any(each.session.hopeless for each in known._replicas.values()))
+                error = await refusal(asyncio.create_task(get(RunClient(known))))
+                assert (error.status, error.code) == (502, "RUNTIME_REFUSED_GATEWAY")
+
+    run_async(main())
+
+
 # -- Who is there --------------------------------------------------------------------------------------
 
 
@@ -568,6 +583,28 @@ def test_name_without_an_address_is_waited_for(names: Names) -> None:
     run_async(main())
 
 
+def test_who_leaves_is_asked_until_another_serves(names: Names) -> None:
+    """A name may stand for new addresses before anybody serves there: until then those from before are not gone."""
+
+    async def main() -> None:
+        async with fake_services(2) as services:
+            names.hosts = (services[0].host,)
+            await services[1].say(serving=False)
+            async with replicas_at(f"runtimes.example:{services[0].port}") as known:
+                old = await services[0].session()
+                assert await ask(RunClient(known), [old]) is old
+                names.hosts = (services[1].host,)
+                new = await services[1].session()
+                await names.until_asked()
+                for _ in range(3):
+                    assert await ask(RunClient(known), [old, new]) is old
+                await services[1].say(serving=True)
+                await old.closed.wait()
+                assert await ask(RunClient(known), [new]) is new
+
+    run_async(main())
+
+
 def test_name_is_looked_up_with_all_addresses() -> None:
     """This machine's own name, by the system's resolver."""
 
@@ -645,6 +682,58 @@ def test_replica_that_hangs_alone_keeps_its_calls(watchful: None) -> None:
             await reader.task
             await streams[0].send(answer_to(await streams[0].take("get_run")))
             assert await asking == "run_1"
+
+    run_async(main())
+
+
+def test_replica_that_begins_no_session_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However well its health is; that is told. One that is not there has all the time that it takes, in silence."""
+    monkeypatch.setattr(session, "_HELLO_SECONDS", 0.1)
+
+    async def main() -> None:
+        async with fake_services(1) as services:
+            (service,) = services
+            await service.kill()
+            limits, service.limits = service.limits, None
+            async with replicas_at(service.target) as known:
+                asking = asyncio.create_task(get(RunClient(known)))
+                await asyncio.wait([asking], timeout=0.3)
+                assert "begins no session" not in caplog.text
+                await service.start()
+                mute = await service.session()
+                await mute.closed.wait()
+                service.limits = limits
+                await eventually(lambda: known.is_serving)
+                stream = await service.session()
+                while stream.closed.is_set():
+                    stream = await service.session()
+                await stream.send(answer_to(await stream.take("get_run")))
+                assert await asking == "run_1"
+                assert f"the runtime service at {service.target} begins no session" in caplog.text
+
+    run_async(main())
+
+
+def test_health_is_followed_whatever_befalls_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A failure that nobody has thought of is told, and is not the end of a replica."""
+    hear = health.HealthWatch._hear
+    failures = [RuntimeError("as the test says")]
+
+    def fail_once(self: health.HealthWatch, answer: object) -> None:
+        if failures:
+            raise failures.pop()
+        hear(self, answer)
+
+    monkeypatch.setattr(health.HealthWatch, "_hear", fail_once)
+
+    async def main() -> None:
+        async with connected(1) as (_, opened, client):
+            assert await ask(client, opened) is opened[0]
+            assert "the health of the runtime service" in caplog.text
 
     run_async(main())
 

@@ -1,6 +1,7 @@
 """The frames of live answers, and which form a client asks for."""
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.errors import ApiError
-from gateway.streaming import Frames, StreamForm, stream_form
+from gateway.streaming import Frames, StreamForm, StreamRelay, stream_form
 from protos.acp.runs.v1 import run_pb2 as pb
 from protos.acp.runs.v1 import run_service_pb2 as rpc
+from tests.support import run_async
 from tests.unit.test_gateway_codec import event, run, thread
 
 FORMS: list[StreamForm] = ["sse", "ndjson"]
@@ -119,6 +121,47 @@ def test_heartbeats_are_no_documents() -> None:
     """A comment in SSE, a blank line in NDJSON."""
     assert Frames("sse").heartbeat == b": keep-alive\n\n"
     assert Frames("ndjson").heartbeat == b"\n"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nothing_comes_behind_the_end(form: StreamForm) -> None:
+    """A client that is slow to read the end of its stream is sent no heartbeat meanwhile: it would be no part of it."""
+    written: list[bytes] = []
+
+    class Updates:
+        def __init__(self) -> None:
+            self.left = [rpc.RunUpdate(run=run(), thread=thread())]
+
+        async def next(self) -> rpc.RunUpdate | None:
+            return self.left.pop() if self.left else None
+
+        def stop(self) -> None:
+            pass
+
+    class Response:
+        async def prepare(self, _: object) -> None:
+            pass
+
+        async def write(self, data: bytes) -> None:
+            written.append(data)
+            await beat_once()
+
+        async def write_eof(self) -> None:
+            written.append(b"the end")
+            await beat_once()
+
+    async def beat_once() -> None:
+        if written[-1] != Frames(form).heartbeat:
+            await relay.beat()
+
+    request: Any = SimpleNamespace(transport=None)
+    updates: Any = Updates()
+    response: Any = Response()
+    relay = StreamRelay(request, updates, Frames(form))
+    run_async(relay.run(lambda _: response))
+    assert written[1] == Frames(form).heartbeat
+    assert types_of(form, written[2]) == ["stream.completed"]
+    assert written[3:] == [b"the end"]
 
 
 @pytest.mark.parametrize(
