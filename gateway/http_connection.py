@@ -8,6 +8,7 @@ each of them to what is expected here.
 
 import asyncio
 import logging
+import socket
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -33,9 +34,6 @@ _TURNING_AWAY_AT_ONCE: Final = 256
 
 # When no more connections are taken, one that has had no request yet is kept so long: its first one is on its way.
 _FIRST_REQUEST_SECONDS: Final = 1.0
-# An idle connection whose time is over is looked at again this much later. A loop calls its timers before it reads what
-# has arrived meanwhile, and what is closed unread is a request that fails.
-_SECOND_LOOK_SECONDS: Final = 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +88,12 @@ class Connection(RequestHandler):
     head that does not come in one piece.
     """
 
-    __slots__ = ("_head_begun", "_head_timer", "_is_looked_at_again", "_is_turned_away", "_took_offence")
+    __slots__ = ("_head_begun", "_head_timer", "_is_turned_away", "_took_offence")
 
     def __init__(self, server: Connections, **kwargs: Any) -> None:
         super().__init__(server, **kwargs)
         self._head_begun = False
         self._head_timer: asyncio.TimerHandle | None = None
-        self._is_looked_at_again = False
         self._is_turned_away = False
         # The parser has refused something; what follows on this connection has no meaning.
         self._took_offence = False
@@ -150,9 +147,32 @@ class Connection(RequestHandler):
         if waiter is None or waiter.done() or self._head_begun:
             return
         if self._request_count or had_its_time:
-            self.force_close()
+            if self._say_end():
+                self.force_close()
         else:
             self._loop.call_later(_FIRST_REQUEST_SECONDS, partial(self.end_when_idle, had_its_time=True))
+
+    def _say_end(self) -> bool:
+        """Tell the client that nothing more is read here, unless a request has arrived that is not read yet.
+
+        At once, other than by closing: a loop reads what has arrived, and closes what is to be closed, a turn later.
+        Whatever a client sends until then is a request that fails.
+        """
+        transport = self.transport
+        if transport is None or transport.is_closing() or transport.get_write_buffer_size():
+            return True  # the rest of an answer goes first
+        own = socket.socket(fileno=transport.get_extra_info("socket").fileno())
+        try:
+            arrived = own.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            own.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return True  # the client has reset it
+        else:
+            return not arrived
+        finally:
+            own.detach()
+        return True
 
     async def shutdown(self, timeout: float | None = 15.0) -> None:
         self._stop_head_timer()
@@ -193,7 +213,7 @@ class Connection(RequestHandler):
         """Does what `finish_response` does, for a usual answer, of which aiohttp needs `keep_alive` alone."""
         written = cast(web.StreamResponse, answer)
         transport = self.transport
-        if transport is None or transport.is_closing():
+        if transport is None or transport.is_closing() or transport.get_write_buffer_size():
             return written, True
         transport.write(answer.to_bytes())
         if self._paused:
@@ -268,11 +288,9 @@ class Connection(RequestHandler):
             return
         waiter = self._waiter
         is_over = self._loop.time() >= self._next_keepalive_close_time and waiter is not None and not waiter.done()
-        if is_over and not self._is_looked_at_again:
-            self._is_looked_at_again = True
-            self._keepalive_handle = self._loop.call_later(_SECOND_LOOK_SECONDS, self._process_keepalive)
+        if is_over and not self._say_end():
+            self._keepalive_handle = None
             return
-        self._is_looked_at_again = False
         super()._process_keepalive()
 
     def _head_is_late(self) -> None:

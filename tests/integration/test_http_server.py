@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -18,7 +19,7 @@ from aiohttp.web_protocol import RequestHandler
 from gateway import http_connection
 from gateway.answers import JsonAnswer
 from gateway.errors import ApiError
-from gateway.http_connection import HttpLimits
+from gateway.http_connection import Connection, HttpLimits
 from gateway.http_server import ROUTE_FINDER, GatewayRunner
 from gateway.request_body import make_expect_handler, read_body
 from gateway.requests import error_answer, from_http_exception, request_id
@@ -56,6 +57,14 @@ class Client:
     def send(self, data: bytes) -> None:
         """Sends bytes as they are."""
         self._writer.write(data)
+
+    def send_at_once(self, data: bytes) -> None:
+        """Gives bytes to the kernel, whatever the loop does."""
+        assert os.write(self._writer.get_extra_info("socket").fileno(), data) == len(data)
+
+    def look(self) -> bytes:
+        """What the kernel has for the client now, or the end. Raises BlockingIOError if it has neither."""
+        return os.read(self._writer.get_extra_info("socket").fileno(), 1)
 
     async def answer(self) -> Answer:
         """The next answer."""
@@ -1069,6 +1078,64 @@ def test_server_that_stops_listening_answers_what_is_there() -> None:
                 assert (answer.status, answer.headers["connection"]) == (200, "close")
                 assert await client.rest() == b""
             assert await server.runner.wait_for_answers(PATIENCE_SECONDS)
+
+    run(scenario)
+
+
+def test_request_that_is_not_read_yet_keeps_its_connection() -> None:
+    """Also one that comes behind the last look of the loop: it is answered, and that ends the connection."""
+
+    async def scenario() -> None:
+        async with serving() as server:
+            late, idle = await server.connect(), await server.connect()
+            for client in (late, idle):
+                client.send(GET_OK)
+                assert (await client.answer()).status == 200
+            server.runner.announce_end()
+            late.send_at_once(GET_OK)
+            for connection in server.connections:
+                assert isinstance(connection, Connection)
+                connection.end_when_idle()
+            assert await idle.rest() == b""
+            answer = await late.answer()
+            assert (answer.status, answer.headers["connection"]) == (200, "close")
+
+    run(scenario)
+
+
+def test_idle_connection_ends_at_once() -> None:
+    """Its client, who may be about to ask on it, knows before the loop has its next turn."""
+
+    async def scenario() -> None:
+        async with serving() as server:
+            client = await server.connect()
+            client.send(GET_OK)
+            assert (await client.answer()).status == 200
+            connection = server.connection
+            assert isinstance(connection, Connection)
+            connection.end_when_idle()
+            assert client.look() == b""
+
+    run(scenario)
+
+
+def test_answer_that_is_still_on_its_way_is_not_cut_short() -> None:
+    """The connection is idle then, and ends behind its answer."""
+
+    async def scenario() -> None:
+        async with serving() as server:
+            client = await server.connect()
+            await until(lambda: server.runner.open_connections == 1)
+            connection = server.connection
+            assert isinstance(connection, Connection)
+            assert connection.transport is not None
+            connection.transport.set_write_buffer_limits(1 << 26)
+            client.send(b"GET /huge HTTP/1.1\r\nHost: x\r\n\r\n")
+            await server.seen.started.wait()
+            await until(lambda: connection._waiter is not None)
+            connection.end_when_idle()
+            answer = await client.answer()
+            assert len(answer.body) == int(answer.headers["content-length"])
 
     run(scenario)
 
