@@ -155,6 +155,29 @@ def test_recover_takes_only_what_nobody_holds(stores: PostgresStores) -> None:
     run_async(main())
 
 
+@pytest.mark.parametrize("taken", ["epoch = epoch + 2", "holder = 'another'"])
+def test_turn_that_was_taken_is_not_written_to(stores: PostgresStores, taken: str) -> None:
+    """The database itself compares holder and epoch, whatever a replica takes for its own."""
+
+    async def main() -> None:
+        async with replicas(stores) as (one, _):
+            run = await running(one)
+            released = await running(one)
+            stores.execute(f"UPDATE acp.turns SET {taken}")
+            before = stores.execute(ROWS)
+            await one.save_draft(key_of(run), "late")
+            for late in (
+                one.append_events(key_of(run), said("late")),
+                one.finish_turn(key_of(run), said("late"), COMPLETED),
+                one.release_turn(key_of(released), said("late")),
+            ):
+                with pytest.raises(TurnLost):
+                    await late
+            assert stores.execute(ROWS) == before
+
+    run_async(main())
+
+
 @pytest.mark.parametrize("swept", [False, True])
 def test_replica_whose_lease_ran_out_writes_nothing(stores: PostgresStores, swept: bool) -> None:
     """Whether or not another one has seen it: not a row changes, it is told so, and goes on under another name."""
@@ -424,8 +447,9 @@ def test_cancel_and_completion_race_to_one_outcome(stores: PostgresStores) -> No
 # Notifications
 
 
-def test_others_hear_what_they_cannot_learn_otherwise(stores: PostgresStores) -> None:
+def test_others_hear_what_they_cannot_learn_otherwise(stores: PostgresStores, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of runs that anybody but their holder writes to, and of turns that wait; not of what the holder tells itself."""
+    monkeypatch.setattr(postgres_listener, "_POLL_SECONDS", 10 * LIMIT_SECONDS)  # what is heard is not what is polled
 
     async def main() -> None:
         async with replicas(stores) as (one, other):
@@ -459,7 +483,33 @@ def test_others_hear_what_they_cannot_learn_otherwise(stores: PostgresStores) ->
             await one.start_run(new_run(), claim=False)
             await eventually(lambda: heard.waits > waits)
             assert heard.runs == [run.id] * 5
+            done = await running(one)
+            await one.finish_turn(key_of(done), [], COMPLETED)
+            waits = heard.waits
+            await one.continue_run(next_turn(done), claim=False)
+            await eventually(lambda: heard.waits > waits)
             assert own.runs == []
+
+    run_async(main())
+
+
+def test_others_hear_of_turns_that_nobody_holds(stores: PostgresStores, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one that is queued again, and of one that waited behind one that failed."""
+    monkeypatch.setattr(postgres_listener, "_POLL_SECONDS", 10 * LIMIT_SECONDS)  # what is heard is not what is polled
+
+    async def main() -> None:
+        async with replicas(stores) as (one, other):
+            heard = Heard(other)
+            await eventually(lambda: not other._others.is_deaf)
+            for may_repeat in (True, False):
+                leaving = await stores.connect(address=ADDRESSES[2])
+                run = await running(leaving)
+                if not may_repeat:
+                    await leaving.continue_run(next_turn(run), claim=False)
+                await leaving.close()
+                waits = heard.waits
+                assert len(await one.recover(3, lambda _, may=may_repeat: may)) == 1
+                await eventually(lambda run=run, waits=waits: run.id in heard.runs and heard.waits > waits)
 
     run_async(main())
 
