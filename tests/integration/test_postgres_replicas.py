@@ -10,7 +10,7 @@ import pytest
 
 from runtime_service.errors import StoreUnavailable
 from runtime_service.runs import RunStatus
-from runtime_service.store import postgres_listener
+from runtime_service.store import postgres_listener, postgres_writes
 from runtime_service.store.base import ATTEMPT_BEGINS, Change, Outcome, TurnLost
 from runtime_service.store.postgres import PostgresStore
 from tests.postgres import session_server
@@ -174,6 +174,25 @@ def test_turn_that_was_taken_is_not_written_to(stores: PostgresStores, taken: st
                 with pytest.raises(TurnLost):
                     await late
             assert stores.execute(ROWS) == before
+
+    run_async(main())
+
+
+def test_orphan_that_was_claimed_meanwhile_is_left_alone(stores: PostgresStores) -> None:
+    """Of two that find it, the second comes when a third executes it: he keeps it."""
+
+    async def main() -> None:
+        async with replicas(stores) as (one, other):
+            leaving = await stores.connect(address=ADDRESSES[2])
+            found = await running(leaving)
+            await leaving.close()
+            await one.recover(3, lambda _: True)
+            (claimed,) = await one.claim_turns(1)
+            before = stores.execute(ROWS)
+            for settle in (postgres_writes.requeue_orphan, postgres_writes.fail_orphan):
+                assert await other._writer.submit(settle(found)) is None
+            assert stores.execute(ROWS) == before
+            await one.finish_turn(key_of(claimed.run), said("mine"), COMPLETED)
 
     run_async(main())
 
@@ -501,15 +520,19 @@ def test_others_hear_of_turns_that_nobody_holds(stores: PostgresStores, monkeypa
         async with replicas(stores) as (one, other):
             heard = Heard(other)
             await eventually(lambda: not other._others.is_deaf)
-            for may_repeat in (True, False):
+
+            async def recovered(attempts: int) -> None:
                 leaving = await stores.connect(address=ADDRESSES[2])
                 run = await running(leaving)
-                if not may_repeat:
+                if attempts == 1:
                     await leaving.continue_run(next_turn(run), claim=False)
                 await leaving.close()
                 waits = heard.waits
-                assert len(await one.recover(3, lambda _, may=may_repeat: may)) == 1
-                await eventually(lambda run=run, waits=waits: run.id in heard.runs and heard.waits > waits)
+                assert len(await one.recover(attempts, lambda _: True)) == 1
+                await eventually(lambda: run.id in heard.runs and heard.waits > waits)
+
+            await recovered(attempts=3)
+            await recovered(attempts=1)
 
     run_async(main())
 
