@@ -124,6 +124,17 @@ def _same(history: History, rules: Rules) -> Iterator[str]:
                 yield f"{where} gave {event}; stored is {log.get(event.sequence)}"
 
 
+def _text(history: History, rules: Rules) -> Iterator[str]:
+    """The text of a message in the making is that with which the message begins. It may have got another sequence."""
+    stored = {(run.run_id, event.sequence): event for run in history.runs for _, event in run.events}
+    for excerpt in history.excerpts:
+        for sequence, text in excerpt.said:
+            event = stored.get((excerpt.run_id, sequence))
+            if event is not None and event.mark is not None and not event.content.startswith(text):
+                where = f"{excerpt.surface} of {excerpt.run_id} at {excerpt.gateway}"
+                yield f"{where} said {text!r} before {sequence}, which is {event.content!r}"
+
+
 def _whole(history: History, rules: Rules) -> Iterator[str]:
     """What says that it goes to the end does, and what shows a turn from its beginning shows its input."""
     numbers = {turn.shown.name: turn.number for turn in history.turns}
@@ -236,6 +247,7 @@ RULES: dict[str, Check] = {
     "cancelled": _cancelled,
     "sequence": _sequence,
     "same": _same,
+    "text": _text,
     "whole": _whole,
     "once": _once,
     "attempts": _attempts,

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from random import Random
 from typing import Any, Literal, NamedTuple
 from uuid import UUID
@@ -248,10 +248,18 @@ class _Attempt:
         self.history.readings.append(Reading(surface, self.base, self.asked_at, time.time(), shown))
 
     def show(
-        self, surface: Surface, run_id: str, events: list[Event], after: int | None, turn: str | None, *, ended: bool
+        self,
+        surface: Surface,
+        run_id: str,
+        events: list[Event],
+        after: int | None,
+        turn: str | None,
+        *,
+        ended: bool,
+        said: Sequence[tuple[int, str]] = (),
     ) -> None:
         """Events were shown."""
-        excerpt = Excerpt(surface, self.base, run_id, tuple(events), after, turn, ended)
+        excerpt = Excerpt(surface, self.base, run_id, tuple(events), after, turn, ended, tuple(said))
         self.history.excerpts.append(excerpt)
 
     def _write_down(
@@ -278,6 +286,7 @@ class _Stream:
         self._attempt = attempt
         self._after = after
         self._events: list[Event] = []
+        self._said: list[tuple[int, str]] = []
 
     @property
     def last(self) -> int:
@@ -298,6 +307,8 @@ class _Stream:
                     event = event_of(document["event"])
                     assert event.sequence == number, f"the frame {number} holds {event}"
                     self._events.append(event)
+                elif document["type"] == "run.delta":
+                    self._grow(document["sequence"], document["offset"], document["text"])
                 elif document["type"] == "stream.completed":
                     self.ended = True
                     return
@@ -310,7 +321,17 @@ class _Stream:
         """The connection is over."""
         if self.shown is not None:
             run_id, turn = self.shown.name
-            self._attempt.show("stream", run_id, self._events, self._after, turn, ended=self.ended)
+            self._attempt.show("stream", run_id, self._events, self._after, turn, ended=self.ended, said=self._said)
+
+    def _grow(self, sequence: int, offset: int, text: str) -> None:
+        """A text has grown, or is said from its beginning."""
+        assert sequence > self.last, f"a text in the making of {sequence} behind {self.last}"
+        if not offset:
+            self._said.append((sequence, text))
+            return
+        known, so_far = self._said.pop()
+        assert (sequence, offset) == (known, len(so_far)), f"{text!r} of {sequence} at {offset} behind {so_far!r}"
+        self._said.append((sequence, so_far + text))
 
     def _show(self, response: aiohttp.ClientResponse, shown: Shown) -> None:
         if self.shown is None:

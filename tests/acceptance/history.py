@@ -113,7 +113,8 @@ class Excerpt(msgspec.Struct, frozen=True):
     """Events of a run as one answer or one connection of a stream gave them.
 
     They were asked for from behind sequence `after`, where it is known. `ended`: the answer says that it reaches the
-    end of the turn whose input is `turn`; with `log` that of the log.
+    end of the turn whose input is `turn`; with `log` that of the log. `said`: what the deltas added up to, each with
+    the sequence that the event was to have.
     """
 
     surface: Surface
@@ -123,6 +124,7 @@ class Excerpt(msgspec.Struct, frozen=True):
     after: int | None = None
     turn: str | None = None
     ended: bool = False
+    said: tuple[tuple[int, str], ...] = ()
 
 
 class StoredTurn(msgspec.Struct, frozen=True):

@@ -71,6 +71,8 @@ organization = "other"
 """
 
 gate: list[asyncio.Event] = []
+at_gate: list[int] = []
+"""The attempts of the turns that wait there."""
 
 
 async def gated(turn: TurnContext) -> AsyncGenerator[AgentOutput]:
@@ -78,7 +80,11 @@ async def gated(turn: TurnContext) -> AsyncGenerator[AgentOutput]:
     yield Message("one", {"tokens": 3})
     yield Delta("ha")
     yield Delta("lf")
-    await gate[-1].wait()
+    at_gate.append(turn.attempt)
+    try:
+        await gate[-1].wait()
+    finally:
+        at_gate.remove(turn.attempt)
     yield Message(f"re: {turn.input}")
 
 

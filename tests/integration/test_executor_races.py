@@ -9,6 +9,7 @@ import pytest
 from runtime_service.agents import AgentOutput, Log, Message, TurnContext
 from runtime_service.executor import ExecutorLimits
 from runtime_service.runs import EventRole, LogLevel, RunStatus
+from runtime_service.store.sqlite import SQLiteStore
 from tests.support import (
     LIMIT_SECONDS,
     Disk,
@@ -87,6 +88,33 @@ def test_cancel_of_a_turn_that_is_being_claimed_ends_its_agent(path: Path, monke
             await asyncio.gather(continuing, cancelling)
             await rt.until_status(run, CANCELLED)
             await eventually(lambda: agent.running == 0 and rt.executor._admission.occupied == 0)
+
+    run_async(main())
+
+
+def test_lease_is_renewed_while_turns_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever goes wrong with one heartbeat, and in the grace period of a drain as well."""
+
+    async def main() -> None:
+        beats = 0
+
+        async def renew(_: SQLiteStore) -> None:
+            nonlocal beats
+            beats += 1
+            if beats == 1:
+                raise RuntimeError("a surprise")
+
+        monkeypatch.setattr(SQLiteStore, "renew", renew)
+        agent = ScriptedAgent(_forever)
+        limits = ExecutorLimits(cancel_grace_seconds=0.05, heartbeat_seconds=0.01)
+        async with runtime(path, agent, limits) as rt:
+            await rt.start()
+            await eventually(lambda: beats >= 2 and agent.running)
+            draining = asyncio.create_task(rt.executor.drain(LIMIT_SECONDS))
+            await asyncio.sleep(0)
+            so_far = beats
+            await eventually(lambda: beats >= so_far + 2)
+            draining.cancel()
 
     run_async(main())
 

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import pytest
 
-from gateway import addresses, health, replicas, run_client, session
+from gateway import addresses, channel, health, replicas, run_client, session
 from gateway.addresses import Address
 from gateway.errors import ApiError
 from gateway.replicas import Replicas
@@ -637,7 +637,9 @@ async def behind_wires(count: int) -> AsyncIterator[tuple[list[Wire], list[FakeS
 
 @pytest.fixture
 def watchful(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replicas are asked often whether they are there."""
+    """Replicas are asked often whether they are there; connections are not."""
+    options = [option for option in channel._OPTIONS if option[0] != "grpc.keepalive_time_ms"]
+    monkeypatch.setattr(channel, "_OPTIONS", options)
     monkeypatch.setattr(health, "_ASK_SECONDS", 0.05)
     monkeypatch.setattr(health, "_ANSWER_SECONDS", 0.3)
 

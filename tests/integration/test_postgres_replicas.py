@@ -10,7 +10,7 @@ import pytest
 
 from runtime_service.errors import StoreUnavailable
 from runtime_service.runs import RunStatus
-from runtime_service.store import postgres_listener
+from runtime_service.store import postgres_listener, postgres_writes
 from runtime_service.store.base import ATTEMPT_BEGINS, Change, Outcome, TurnLost
 from runtime_service.store.postgres import PostgresStore
 from tests.postgres import session_server
@@ -151,6 +151,48 @@ def test_recover_takes_only_what_nobody_holds(stores: PostgresStores) -> None:
             assert (change.run.id, change.run.status, contents(change.events)) == (left.id, RunStatus.QUEUED, ["half"])
             for run, store in zip(kept, (one, other), strict=True):
                 await store.append_events(key_of(run), said("goes on"))
+
+    run_async(main())
+
+
+@pytest.mark.parametrize("taken", ["epoch = epoch + 2", "holder = 'another'"])
+def test_turn_that_was_taken_is_not_written_to(stores: PostgresStores, taken: str) -> None:
+    """The database itself compares holder and epoch, whatever a replica takes for its own."""
+
+    async def main() -> None:
+        async with replicas(stores) as (one, _):
+            run = await running(one)
+            released = await running(one)
+            stores.execute(f"UPDATE acp.turns SET {taken}")
+            before = stores.execute(ROWS)
+            await one.save_draft(key_of(run), "late")
+            for late in (
+                one.append_events(key_of(run), said("late")),
+                one.finish_turn(key_of(run), said("late"), COMPLETED),
+                one.release_turn(key_of(released), said("late")),
+            ):
+                with pytest.raises(TurnLost):
+                    await late
+            assert stores.execute(ROWS) == before
+
+    run_async(main())
+
+
+def test_orphan_that_was_claimed_meanwhile_is_left_alone(stores: PostgresStores) -> None:
+    """Of two that find it, the second comes when a third executes it: he keeps it."""
+
+    async def main() -> None:
+        async with replicas(stores) as (one, other):
+            leaving = await stores.connect(address=ADDRESSES[2])
+            found = await running(leaving)
+            await leaving.close()
+            await one.recover(3, lambda _: True)
+            (claimed,) = await one.claim_turns(1)
+            before = stores.execute(ROWS)
+            for settle in (postgres_writes.requeue_orphan, postgres_writes.fail_orphan):
+                assert await other._writer.submit(settle(found)) is None
+            assert stores.execute(ROWS) == before
+            await one.finish_turn(key_of(claimed.run), said("mine"), COMPLETED)
 
     run_async(main())
 
@@ -424,8 +466,9 @@ def test_cancel_and_completion_race_to_one_outcome(stores: PostgresStores) -> No
 # Notifications
 
 
-def test_others_hear_what_they_cannot_learn_otherwise(stores: PostgresStores) -> None:
+def test_others_hear_what_they_cannot_learn_otherwise(stores: PostgresStores, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of runs that anybody but their holder writes to, and of turns that wait; not of what the holder tells itself."""
+    monkeypatch.setattr(postgres_listener, "_POLL_SECONDS", 10 * LIMIT_SECONDS)  # what is heard is not what is polled
 
     async def main() -> None:
         async with replicas(stores) as (one, other):
@@ -459,7 +502,37 @@ def test_others_hear_what_they_cannot_learn_otherwise(stores: PostgresStores) ->
             await one.start_run(new_run(), claim=False)
             await eventually(lambda: heard.waits > waits)
             assert heard.runs == [run.id] * 5
+            done = await running(one)
+            await one.finish_turn(key_of(done), [], COMPLETED)
+            waits = heard.waits
+            await one.continue_run(next_turn(done), claim=False)
+            await eventually(lambda: heard.waits > waits)
             assert own.runs == []
+
+    run_async(main())
+
+
+def test_others_hear_of_turns_that_nobody_holds(stores: PostgresStores, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one that is queued again, and of one that waited behind one that failed."""
+    monkeypatch.setattr(postgres_listener, "_POLL_SECONDS", 10 * LIMIT_SECONDS)  # what is heard is not what is polled
+
+    async def main() -> None:
+        async with replicas(stores) as (one, other):
+            heard = Heard(other)
+            await eventually(lambda: not other._others.is_deaf)
+
+            async def recovered(attempts: int) -> None:
+                leaving = await stores.connect(address=ADDRESSES[2])
+                run = await running(leaving)
+                if attempts == 1:
+                    await leaving.continue_run(next_turn(run), claim=False)
+                await leaving.close()
+                waits = heard.waits
+                assert len(await one.recover(attempts, lambda _: True)) == 1
+                await eventually(lambda: run.id in heard.runs and heard.waits > waits)
+
+            await recovered(attempts=3)
+            await recovered(attempts=1)
 
     run_async(main())
 

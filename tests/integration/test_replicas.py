@@ -22,6 +22,7 @@ from tests.integration.doors import (
     TOKEN,
     Client,
     Service,
+    at_gate,
     contents_of,
     continue_request,
     gate,
@@ -32,7 +33,7 @@ from tests.integration.doors import (
     watch_request,
 )
 from tests.postgres import PostgresServer, fresh_database, session_server
-from tests.support import LIMIT_SECONDS, ORGANIZATION, new_run
+from tests.support import LIMIT_SECONDS, ORGANIZATION, eventually, new_run
 
 LIMITS = ExecutorLimits(cancel_grace_seconds=0.05, heartbeat_seconds=0.5, sweep_seconds=0.5)
 DELTAS = rpc.StreamOptions(deltas=True)
@@ -201,6 +202,7 @@ def test_service_that_lost_its_lease_ends_its_agents(replicas: Replicas) -> None
             await until(draft_is_kept)
             session_server().execute("DELETE FROM acp.replicas WHERE address = '127.0.0.1:9'", database)
             await other.until_said(run, 4)
+            await eventually(lambda: at_gate == [2])  # the first one has nothing to say, and is ended all the same
             gate[-1].set()
             updates = await other.watch(run)
             assert contents_of(updates) == [
@@ -212,6 +214,21 @@ def test_service_that_lost_its_lease_ends_its_agents(replicas: Replicas) -> None
                 "re: hi",
             ]
             assert updates[-1].run == (await one.watch(run))[-1].run
+
+    in_loop(main())
+
+
+def test_cancel_by_another_service_ends_the_agent(replicas: Replicas) -> None:
+    """Who executes the run hears of it also where he cannot be reached, and of an agent that says nothing."""
+
+    async def main() -> None:
+        async with replicas.open(advertise="127.0.0.1:9") as one, replicas.open() as other:
+            run = await one.start("hi", "gated")
+            await eventually(lambda: at_gate == [1])
+            cancelled = await other.call("CancelRun", rpc.CancelRunRequest(server=reference("gated"), run_id=run.id))
+            assert cancelled.run.status == pb.RUN_STATUS_CANCELLED
+            await eventually(lambda: not at_gate)
+            assert (await one.watch(run))[-1].run == cancelled.run
 
     in_loop(main())
 

@@ -71,7 +71,9 @@ def good() -> History:
             Excerpt("answer", GATEWAY, RUN, EVENTS[:1], 0, FIRST),
             Excerpt("answer", GATEWAY, RUN, (EVENTS[2], EVENTS[7]), None, SECOND, ended=True),
             Excerpt("stream", GATEWAY, RUN, EVENTS[:4], 0, FIRST),
-            Excerpt("stream", GATEWAY, RUN, EVENTS[4:], 4, SECOND, ended=True),
+            Excerpt(
+                "stream", GATEWAY, RUN, EVENTS[4:], 4, SECOND, ended=True, said=((4, "ha"), (6, "one: "), (7, "one"))
+            ),
         ],
         samples=[Sample(RUN, 1, "running", 1), Sample(RUN, 1, "queued", 1), Sample(RUN, 1, "completed", 2)],
         begun=[Begun(RUN, 1, 1, 7, 1.0), Begun(RUN, 1, 2, 8, 5.0), Begun(RUN, 2, 1, 8, 7.1)],
@@ -170,6 +172,20 @@ def lost_turn(attempt: int) -> Callable[[History], None]:
     )
 
 
+def ending(output: str) -> Callable[[History], None]:
+    """The first turn has another output, which was shown nowhere."""
+    return both(turn_with(shown=replace(ENDED, output=output)), lambda history: history.readings.clear())
+
+
+BACKWARDS = renumbered(
+    *LOG[:3],
+    LOG[4],
+    (1, replace(LOG[4][1], content="Attempt 1 begins: the one before was broken off.")),
+    (1, marked(6, "one", 1, 0, pid=8)),
+    (1, marked(7, "one", 1, 1, pid=8)),
+    LOG[7],
+)
+
 BROKEN: list[tuple[str, str, Callable[[History], None]]] = [
     ("lost", "what was accepted is gone", without_turns),
     ("stuck", "a turn is open", both(turn_with(shown=OPEN), lambda h: h.readings.clear(), lambda h: h.samples.clear())),
@@ -195,12 +211,15 @@ BROKEN: list[tuple[str, str, Callable[[History], None]]] = [
     ("same", "another time", excerpt_with(replace(EVENTS[0], created_at=1.5), after=0)),
     ("same", "an event that is not stored", excerpt_with(replace(EVENTS[7], sequence=9), after=8)),
     ("whole", "an end too early", excerpt_with(*EVENTS[:6], after=0, turn=FIRST, ended=True)),
+    ("whole", "an end too late", excerpt_with(*EVENTS, after=0, turn=FIRST, ended=True)),
     ("whole", "no event to the end", excerpt_with(after=6, turn=FIRST, ended=True)),
     ("whole", "a turn without its input", excerpt_with(EVENTS[1], turn=FIRST)),
     ("whole", "a turn that is empty", excerpt_with(turn=FIRST)),
     ("once", "an input with two runs", another_run),
     ("once", "a key with two answers", another_answer),
     ("once", "a user message said twice", log_with(*renumbered(LOG[0], *LOG))),
+    ("once", "a user message of no turn", log_with(*LOG, (1, Event(9, "user", "other", 9.0)))),
+    ("once", "a turn stored twice", lambda history: history.turns.append(replace(history.turns[0], number=3))),
     ("once", "a user message that is missing", log_with(*renumbered(*LOG[1:]))),
     ("attempts", "too many of them", lost_turn(4)),
     ("attempts", "given up too early", lost_turn(2)),
@@ -209,6 +228,7 @@ BROKEN: list[tuple[str, str, Callable[[History], None]]] = [
     ("epochs", "one that goes back", lambda history: history.samples.insert(0, Sample(RUN, 1, "running", 3))),
     ("epochs", "an end that does not last", lambda history: history.samples.insert(0, Sample(RUN, 1, "failed", 1))),
     ("epochs", "a settled turn that is claimed", lambda h: h.samples.insert(0, Sample(RUN, 1, "completed", 1))),
+    ("epochs", "a settled turn in another epoch", lambda h: h.samples.append(Sample(RUN, 1, "completed", 1))),
     ("epochs", "an attempt without an epoch", turn_with(2, epoch=0)),
     ("fenced", "a late writer", log_with(*renumbered(*LOG[:6], LOG[1], *LOG[6:]))),
     ("fenced", "two processes", log_with(*LOG[:6], (1, marked(7, "one", 2, 1, pid=9)), *LOG[7:])),
@@ -216,13 +236,19 @@ BROKEN: list[tuple[str, str, Callable[[History], None]]] = [
     ("fenced", "a step said twice", log_with(*renumbered(*LOG[:6], *LOG[5:]))),
     ("fenced", "an attempt that is not announced", log_with(*renumbered(*LOG[:4], *LOG[5:]))),
     ("fenced", "an attempt announced twice", log_with(*renumbered(*LOG[:5], *LOG[4:]))),
-    ("fenced", "an attempt that nobody knows of", turn_with(2, attempt=2, epoch=2)),
-    ("fenced", "completed too early", log_with(*renumbered(*LOG[:6], *LOG[7:]))),
+    ("fenced", "an attempt announced after a later one", both(log_with(*BACKWARDS), turn_with(attempt=1))),
+    ("fenced", "another attempt's message", log_with(*LOG[:5], (1, marked(6, "one", 1, 0, pid=8)), *LOG[6:])),
     (
         "fenced",
-        "an output that was not said",
-        both(turn_with(shown=replace(ENDED, output="x")), lambda h: h.readings.clear()),
+        "steps that changed places",
+        both(log_with(*renumbered(*LOG[:5], LOG[6], LOG[5], LOG[7])), ending("one: 0")),
     ),
+    ("fenced", "a step too few", both(log_with(*renumbered(*LOG[:6], LOG[7])), ending("one: 0"))),
+    ("fenced", "an attempt that nobody knows of", turn_with(2, attempt=2, epoch=2)),
+    ("fenced", "completed too early", log_with(*renumbered(*LOG[:6], *LOG[7:]))),
+    ("fenced", "an output that was not said", ending("x")),
+    ("text", "another text in the making", excerpt_with(after=5, said=((6, "two"),))),
+    ("text", "more text than there is in the end", excerpt_with(after=5, said=((6, "one: 0 "),))),
 ]
 
 
