@@ -58,7 +58,7 @@ THOROUGH: Final = Effort(
     starts=5,
     idle_seconds=30,
     stored_runs=(1_000, 10_000, 100_000),
-    stored_requests=500,
+    stored_requests=1500,
     log_lengths={EVENTS: 500, 1_000: 100, 100_000: 2},
 )
 QUICK: Final = Effort(
