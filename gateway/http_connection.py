@@ -213,7 +213,7 @@ class Connection(RequestHandler):
         """Does what `finish_response` does, for a usual answer, of which aiohttp needs `keep_alive` alone."""
         written = cast(web.StreamResponse, answer)
         transport = self.transport
-        if transport is None or transport.is_closing() or transport.get_write_buffer_size():
+        if transport is None or transport.is_closing():
             return written, True
         transport.write(answer.to_bytes())
         if self._paused:

@@ -1140,6 +1140,25 @@ def test_answer_that_is_still_on_its_way_is_not_cut_short() -> None:
     run(scenario)
 
 
+def test_answer_behind_one_that_is_still_on_its_way_is_written() -> None:
+    """A client may ask before it has read; what it has not read yet costs it no answer."""
+
+    async def scenario() -> None:
+        async with serving() as server:
+            client = await server.connect()
+            await until(lambda: server.runner.open_connections == 1)
+            connection = server.connection
+            assert connection.transport is not None
+            connection.transport.set_write_buffer_limits(1 << 26)
+            client.send(b"GET /huge HTTP/1.1\r\nHost: x\r\n\r\n")
+            client.send(b"GET /whole HTTP/1.1\r\nHost: x\r\n\r\n")
+            huge, other = await client.answer(), await client.answer()
+            assert len(huge.body) == int(huge.headers["content-length"])
+            assert (other.status, other.body) == (201, b'{"whole":1}')
+
+    run(scenario)
+
+
 def test_connection_that_never_asks_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has a moment for its first request when the server stops listening."""
     monkeypatch.setattr(http_connection, "_FIRST_REQUEST_SECONDS", 0.05)
