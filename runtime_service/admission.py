@@ -20,6 +20,7 @@ class Admission:
     def __init__(self, store: RunStore, max_turns: int, max_queued: int, launch: Callable[[Change], None]) -> None:
         self.occupied = 0  # running turns, and those that are being claimed
         self.claiming: asyncio.Task[None] | None = None
+        self.is_closed = False
         self._store = store
         self._max_turns = max_turns
         self._max_queued = max_queued
@@ -29,11 +30,10 @@ class Admission:
         self._counted_at = -math.inf
         self._waits = False  # a turn may wait for room only
         self._noted = 0  # how often that was said
-        self._is_closed = False
 
     def close(self) -> None:
         """Claim nothing any more."""
-        self._is_closed = True
+        self.is_closed = True
 
     def reserve(self) -> bool:
         """Reserve room for a new turn and return True, or a place in the queue and return False.
@@ -97,13 +97,13 @@ class Admission:
 
     def claim_if_room(self) -> None:
         """Claim what was noted, where there is room for it."""
-        if self.claiming is None and self._waits and not self._is_closed:
+        if self.claiming is None and self._waits and not self.is_closed:
             self.claiming = asyncio.create_task(self._claim())
 
     async def _claim(self) -> None:
         """Claim as long as there is room and something waits for it. What comes up meanwhile is seen here, too."""
         try:
-            while self._waits and not self._is_closed:
+            while self._waits and not self.is_closed:
                 room = min(self._max_turns - self.occupied, _CLAIM_BATCH)
                 if room <= 0:
                     return

@@ -66,7 +66,6 @@ class Executor:
         self._admission = Admission(store, limits.max_turns, limits.max_queued, self._launch)
         self._errands = Errands()
         self._keeping: list[asyncio.Task[None]] = []
-        self._draining = False
 
     async def start(self) -> None:
         """Settle what is lost, then execute what waits, and go on so until `drain`."""
@@ -98,6 +97,13 @@ class Executor:
 
         Once accepted it is executed, whatever becomes of the caller's task.
         """
+        return await self._accept(new, server, self._store.start_run)
+
+    async def continue_run(self, new: NewTurn, server: Server) -> Change:
+        """Accept the next input of a run. As `start_run`, and raises RunNotFound."""
+        return await self._accept(new, server, self._store.continue_run)
+
+    async def _accept(self, new: NewRun | NewTurn, server: Server, store: Callable[..., Awaitable[Change]]) -> Change:
         try:
             claim = self._admit(server)
         except RunServiceError as refusal:
@@ -105,20 +111,11 @@ class Executor:
                 return known
             claim = self._admit(server)
         execution = None
-        if claim and server.agent.begins_early:
+        if claim and server.agent.begins_early and isinstance(new, NewRun):
             # What it writes comes behind the acceptance, often in the same commit.
             execution = self._begin(accepted_run(new, claim=True), server)
-        return await self._accepted(self._store.start_run(new, claim=claim), claim, execution)
-
-    async def continue_run(self, new: NewTurn, server: Server) -> Change:
-        """Accept the next input of a run. As `start_run`, and raises RunNotFound."""
-        try:
-            claim = self._admit(server)
-        except RunServiceError as refusal:
-            if (known := await self._requested(new, refusal)) is not None:
-                return known
-            claim = self._admit(server)
-        return await self._accepted(self._store.continue_run(new, claim=claim), claim)
+        write = asyncio.ensure_future(store(new, claim=claim))
+        return await self._errands.told(write, partial(self._on_accepted, claim, execution))
 
     async def _requested(self, new: NewRun | NewTurn, refusal: RunServiceError) -> Change | None:
         """Answer a request that was accepted before; else raise `refusal`, unless there may be room by now."""
@@ -138,7 +135,6 @@ class Executor:
 
     async def drain(self, grace_seconds: float) -> None:
         """Take no more work, give running turns the grace period, put the rest back into the queue."""
-        self._draining = True
         self._admission.close()
         for task in self._keeping[1:]:
             task.cancel()
@@ -163,14 +159,11 @@ class Executor:
 
     def _admit(self, server: Server) -> bool:
         """Return whether the turn is claimed at once; reserves its room if so."""
-        if self._draining:
+        if self._admission.is_closed:
             raise Draining
         if (reason := server.agent.unavailable_reason()) is not None:
             raise AgentUnavailable(reason)
         return self._admission.reserve()
-
-    async def _accepted(self, write: Awaitable[Change], claim: bool, execution: Execution | None = None) -> Change:
-        return await self._errands.told(asyncio.ensure_future(write), partial(self._on_accepted, claim, execution))
 
     def _on_accepted(self, claim: bool, execution: Execution | None, accepted: asyncio.Future[Change]) -> None:
         """A turn was stored now, before, or not; `claim` says that room was reserved, `execution` is its early one."""
@@ -309,7 +302,7 @@ class Executor:
         error = f"The server {run.server_id!r} is not declared any more."
         outcome = Outcome(RunStatus.FAILED, error=error, error_code="SERVER_NOT_FOUND")
         key = TurnKey(run.id, run.turn.number, run.turn.epoch)
-        while not self._draining:
+        while not self._admission.is_closed:
             try:
                 events = [log_event("error", LogLevel.ERROR, error)]
                 self._publish(await self._store.finish_turn(key, events, outcome))
