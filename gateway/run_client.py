@@ -36,18 +36,19 @@ class ServerTarget(NamedTuple):
 
 
 class UpdateStream:
-    """The updates of one operation, in order. `stop` or `fail` it when it is left early.
+    """The updates of one operation, in order. `stop` or `fail` it when it is left early."""
 
-    `hurry` has a wait for the end of a turn answered with what there is by now.
-    """
-
-    __slots__ = ("_call", "fail", "hurry", "stop")
+    __slots__ = ("_call", "_replicas", "fail", "stop")
 
     def __init__(self, call: Call, replicas: Replicas) -> None:
         self._call = call
-        self.hurry = partial(replicas.hurry_call, call)
+        self._replicas = replicas
         self.stop = call.stop
         self.fail = call.fail
+
+    def hurry(self) -> None:
+        """Have a wait for the end of a turn answered with what there is by now."""
+        self._replicas.hurry_call(self._call)
 
     async def next(self) -> rpc.RunUpdate | None:
         """Return the next update, None when the operation has ended. Raises ApiError."""
