@@ -1,6 +1,11 @@
 -- What is old is deleted in small pieces. The time of a run's last write is in no index, as each write would have to
 -- change that; so runs are looked through in the order of their acceptance.
 
+-- As how many rows one counts that holds these texts.
+CREATE FUNCTION acp.cost(p_text text, p_more text) RETURNS integer LANGUAGE sql IMMUTABLE AS $$
+    SELECT 1 + (octet_length(p_text) + coalesce(octet_length(p_more), 0)) / 4096
+$$;
+
 -- Delete settled runs behind the key `after`, in the order of their keys, that were last written to before a time; then
 -- the turns and events of deleted runs. In all about `limit` rows, of which one counts once more for each 4 KiB.
 -- Returns the counts, and the key to go on behind, NULL when there is none.
@@ -23,13 +28,12 @@ BEGIN
                 DELETE FROM acp.events e WHERE e.run_key = run.run_key AND e.sequence <= (
                     SELECT max(sized.sequence) FROM (
                         SELECT c.sequence, c.cost, sum(c.cost) OVER (ORDER BY c.sequence) AS total FROM (
-                            SELECT v.sequence,
-                                   1 + (octet_length(v.content) + coalesce(octet_length(v.metadata), 0)) / 4096 AS cost
+                            SELECT v.sequence, acp.cost(v.content, v.metadata) AS cost
                             FROM acp.events v WHERE v.run_key = run.run_key ORDER BY v.sequence LIMIT room
                         ) AS c
                     ) AS sized WHERE sized.total - sized.cost < room
                 )
-                RETURNING 1 + (octet_length(e.content) + coalesce(octet_length(e.metadata), 0)) / 4096 AS cost
+                RETURNING acp.cost(e.content, e.metadata) AS cost
             ) SELECT count(*) AS number, coalesce(sum(cost), 0) AS cost INTO step FROM gone;
             events := events + step.number;
             room := room - step.cost;
@@ -38,13 +42,12 @@ BEGIN
                 DELETE FROM acp.turns t WHERE t.run_key = run.run_key AND t.number <= (
                     SELECT max(sized.number) FROM (
                         SELECT c.number, c.cost, sum(c.cost) OVER (ORDER BY c.number) AS total FROM (
-                            SELECT v.number,
-                                   1 + (octet_length(v.input) + coalesce(octet_length(v.output), 0)) / 4096 AS cost
+                            SELECT v.number, acp.cost(v.input, v.output) AS cost
                             FROM acp.turns v WHERE v.run_key = run.run_key ORDER BY v.number LIMIT room
                         ) AS c
                     ) AS sized WHERE sized.total - sized.cost < room
                 )
-                RETURNING 1 + (octet_length(t.input) + coalesce(octet_length(t.output), 0)) / 4096 AS cost
+                RETURNING acp.cost(t.input, t.output) AS cost
             ) SELECT count(*) AS number, coalesce(sum(cost), 0) AS cost INTO step FROM gone;
             turns := turns + step.number;
             room := room - step.cost;
