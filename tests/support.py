@@ -56,7 +56,7 @@ def run_async(main: Coroutine[Any, Any, _T], *, loop_factory: LoopFactory | None
     return result
 
 
-def with_store(stores: Stores, check: Callable[[RunStore], Awaitable[None]]) -> None:
+def with_store(stores: Stores, check: Callable[[RunStore], Awaitable[object]]) -> None:
     """Run `check` with an open store."""
 
     async def main() -> None:

@@ -283,12 +283,7 @@ def test_sqlite_holds_nothing_of_what_was_deleted(file: SQLiteStores) -> None:
 
 def test_sqlite_finds_what_is_to_be_deleted_without_a_scan(file: SQLiteStores) -> None:
     """Requests from the first on, runs from a key on, rows of a run by its key."""
-
-    async def main() -> None:
-        async with file.open() as store:
-            await running(store)
-
-    run_async(main())
+    with_store(file, running)
     plan = file.plan_of("forget_requests", 1, 1, 1)
     assert "SEARCH requests USING INTEGER PRIMARY KEY (rowid=?)" in plan
     assert not any("TEMP B-TREE" in step for step in plan)

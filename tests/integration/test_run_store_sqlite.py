@@ -26,6 +26,7 @@ from tests.support import (
     running,
     said,
     snapshot,
+    with_store,
     write_lock,
 )
 
@@ -306,12 +307,7 @@ def test_sqlite_of_version_2_keeps_its_requests(file: SQLiteStores) -> None:
 
 def test_sqlite_finds_a_request_by_its_id(file: SQLiteStores) -> None:
     """Not by looking at every run of the organization."""
-
-    async def main() -> None:
-        async with file.open() as store:
-            await running(store)
-
-    run_async(main())
+    with_store(file, running)
     assert file.plan_of("requested_turn", "default", "once") == [
         "SEARCH requests USING INDEX sqlite_autoindex_requests_1 (organization=? AND request_id=?)",
         "SEARCH runs USING COVERING INDEX sqlite_autoindex_runs_1 (id=?)",
