@@ -63,6 +63,15 @@ class RequestIdReused(RunServiceError):
         super().__init__(f"The id {shown(request_id)} was used for another request; take a new one for each.")
 
 
+class QuestionAnswered(RunServiceError):
+    """An answer to a question that is not open any more."""
+
+    reason = "QUESTION_ANSWERED"
+
+    def __init__(self) -> None:
+        super().__init__("The question was answered already, or its time is over; the first answer counts.")
+
+
 class CapacityExceeded(RunServiceError):
     """The queue is full."""
 

@@ -99,10 +99,29 @@ class Turn(msgspec.Struct, frozen=True):
     ready: bool = True
 
 
+class Question(msgspec.Struct, frozen=True, array_like=True):
+    """What the running turn of a run has asked last: `sequence` is that of its event.
+
+    `options` are ids and names; without any, a text is the answer. It is open until it is answered, or decided in
+    another way; a closed one is known until its turn ends.
+    """
+
+    sequence: int
+    is_open: bool = True
+    options: tuple[tuple[str, str], ...] = ()
+
+    def option(self, text: str) -> str | None:
+        """Return the id of the option that a text names by id or name; None when it names none."""
+        text = text.strip()
+        ids = [option_id for option_id, _ in self.options]
+        return text if text in ids else next((id_ for id_, name in self.options if name == text), None)
+
+
 class Run(msgspec.Struct, frozen=True):
     """A conversation with one agent runtime, showing one of its turns: the latest unless said otherwise.
 
     `holder` is the address of the runtime service that executes a turn of the run now, where that is not this one.
+    `question` belongs to the running turn, whichever turn is shown.
     """
 
     id: str
@@ -117,11 +136,17 @@ class Run(msgspec.Struct, frozen=True):
     title: str | None = None
     thread_metadata: bytes | None = None
     holder: str | None = None
+    question: Question | None = None
 
     @property
     def status(self) -> RunStatus:
         """Status of the turn shown."""
         return self.turn.status
+
+    @property
+    def is_asking(self) -> bool:
+        """Whether the running turn waits for an answer of the caller."""
+        return self.question is not None and self.question.is_open
 
     @property
     def thread_id(self) -> str:

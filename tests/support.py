@@ -4,7 +4,7 @@ import asyncio
 import gc
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +13,7 @@ import apsw
 import msgspec
 import pytest
 
-from runtime_service.agents import Agent, AgentSays, TurnContext
+from runtime_service.agents import Agent, AgentSays, Answer, AnsweredBy, HistoryMessage, Log, Option, TurnContext
 from runtime_service.event_log import EventLog
 from runtime_service.executor import Executor, ExecutorLimits
 from runtime_service.registry import Registry, Server
@@ -54,6 +54,39 @@ def run_async(main: Coroutine[Any, Any, _T], *, loop_factory: LoopFactory | None
     gc.collect()
     assert not unseen, unseen
     return result
+
+
+class GivenSurroundings:
+    """What an agent finds around its turn when there is no runtime: this history, these logs, and these answers.
+
+    `asked` are the questions with their options. A question for which no answer is left is not answered in time.
+    """
+
+    def __init__(
+        self,
+        history: Sequence[HistoryMessage] | None = None,
+        logs: Mapping[str, Log] | None = None,
+        answers: Sequence[Answer] = (),
+    ) -> None:
+        self._history = list(history or ())
+        self._logs = dict(logs or {})
+        self._answers = list(answers)
+        self.asked: list[tuple[str, tuple[Option, ...], str | None, Mapping[str, Any] | None]] = []
+
+    async def history(self) -> list[HistoryMessage]:
+        """The history given."""
+        return self._history
+
+    async def latest_log(self, log_type: str) -> Log | None:
+        """The log given for the type."""
+        return self._logs.get(log_type)
+
+    async def ask(
+        self, question: str, options: Sequence[Option], tool_kind: str | None, metadata: Mapping[str, Any] | None
+    ) -> Answer:
+        """The next of the answers."""
+        self.asked.append((question, tuple(options), tool_kind, metadata))
+        return self._answers.pop(0) if self._answers else Answer(AnsweredBy.TIME_LIMIT)
 
 
 def with_store(stores: Stores, check: Callable[[RunStore], Awaitable[object]]) -> None:

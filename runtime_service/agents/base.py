@@ -4,8 +4,9 @@ Knows nothing of stores, executors or gRPC. A kind of agent is a subclass of `Ag
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from typing import Any, ClassVar, TypeAlias
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from enum import StrEnum
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import msgspec
 
@@ -68,10 +69,61 @@ class HistoryMessage(msgspec.Struct, frozen=True):
     content: str
 
 
+class OptionKind(StrEnum):
+    """What choosing an option of a permission means; the words are those of the Agent Client Protocol."""
+
+    ALLOW_ONCE = "allow_once"
+    ALLOW_ALWAYS = "allow_always"
+    REJECT_ONCE = "reject_once"
+    REJECT_ALWAYS = "reject_always"
+
+
+class Option(msgspec.Struct, frozen=True):
+    """One way to answer a question. `id` is unique within it; `kind` is set where a permission is asked for."""
+
+    id: str
+    name: str
+    kind: OptionKind | None = None
+
+
+class AnsweredBy(StrEnum):
+    """Who decided: the caller, the server's settings at once, or its time limit because the caller did not."""
+
+    CALLER = "caller"
+    SETTINGS = "settings"
+    TIME_LIMIT = "time_limit"
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What came of a question: the id of the option chosen, or a text where it had no options.
+
+    Both are None when nobody answered in time, and when the settings decide so but no option says it.
+    """
+
+    by: AnsweredBy
+    option: str | None = None
+    text: str | None = None
+
+
+class Surroundings(Protocol):
+    """What the runtime does for an agent in the middle of its turn; see the methods of `TurnContext`."""
+
+    async def history(self) -> list[HistoryMessage]:
+        """Return the earlier messages."""
+
+    async def latest_log(self, log_type: str) -> Log | None:
+        """Return the newest log entry of a type."""
+
+    async def ask(
+        self, question: str, options: Sequence[Option], tool_kind: str | None, metadata: Mapping[str, Any] | None
+    ) -> Answer:
+        """Ask the caller."""
+
+
 class TurnContext:
     """What an agent is told of the turn that it executes."""
 
-    __slots__ = ("_read_history", "attempt", "input", "metadata", "run_id", "server_id", "thread_id", "turn")
+    __slots__ = ("attempt", "input", "metadata", "run_id", "server_id", "surroundings", "thread_id", "turn")
 
     def __init__(
         self,
@@ -83,7 +135,7 @@ class TurnContext:
         server_id: str = "",
         turn: int = 1,
         attempt: int = 1,
-        read_history: Callable[[], Awaitable[list[HistoryMessage]]] | None = None,
+        surroundings: Surroundings | None = None,
     ) -> None:
         self.input = input
         """What the caller says."""
@@ -96,11 +148,41 @@ class TurnContext:
         """1 for the start, 2 for the first continue …"""
         self.attempt = attempt
         """1, and one more each time that the turn had to be begun again."""
-        self._read_history = read_history
+        self.surroundings = surroundings
 
     async def history(self) -> list[HistoryMessage]:
         """Return the user and assistant messages of the earlier turns, oldest first; not this turn's input."""
-        return [] if self._read_history is None else await self._read_history()
+        return [] if self.surroundings is None else await self.surroundings.history()
+
+    async def latest_log(self, log_type: str) -> Log | None:
+        """Return the newest log entry of this type in the whole run, None where there is none.
+
+        What an agent has to know again after a restart, or on another machine, it says as a `Log` with metadata.
+        """
+        return None if self.surroundings is None else await self.surroundings.latest_log(log_type)
+
+    async def ask(
+        self,
+        question: str,
+        options: Sequence[Option] = (),
+        *,
+        tool_kind: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Answer:
+        """Ask the caller, and wait for the answer: one of the options, or, without options, any text.
+
+        Options with a kind make it a permission, which the server's settings may decide without the caller; `tool_kind`
+        is what they may decide by. `metadata` goes into the event that carries the question. An unanswered question
+        ends with the settings' time limit. Several questions of one turn are asked one after the other.
+
+        What the agent has said before is in the log before the question. Raises ValueError for options that share an
+        id, AgentError where nobody can be asked.
+        """
+        if len({option.id for option in options}) < len(options):
+            raise ValueError("two options of a question have the same id")
+        if self.surroundings is None:
+            raise AgentError("Nobody can be asked outside of a run.", "QUESTION_IMPOSSIBLE")
+        return await self.surroundings.ask(question, options, tool_kind, metadata)
 
 
 class AgentError(Exception):

@@ -10,17 +10,29 @@ import inspect
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import aclosing, closing, suppress
 from importlib import import_module
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from runtime_service.agents.base import Agent, AgentError, AgentOutput, AgentSays, HistoryMessage, Message, TurnContext
+from runtime_service.agents.base import (
+    Agent,
+    AgentError,
+    AgentOutput,
+    AgentSays,
+    Answer,
+    HistoryMessage,
+    Log,
+    Message,
+    Option,
+    TurnContext,
+)
 
 log = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
 _OUTPUTS_AHEAD = 64
 """How many outputs a blocking agent may be ahead of the one who reads them."""
 
@@ -33,7 +45,10 @@ class PythonOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class BlockingTurnContext(TurnContext):
-    """What a blocking agent gets: a `TurnContext` whose history can be read without `await`."""
+    """What a blocking agent gets: a `TurnContext` that can be asked without `await`.
+
+    Only in the agent's own thread: the event loop would wait forever.
+    """
 
     __slots__ = ("_loop",)
 
@@ -46,13 +61,31 @@ class BlockingTurnContext(TurnContext):
             server_id=turn.server_id,
             turn=turn.turn,
             attempt=turn.attempt,
-            read_history=turn.history,
+            surroundings=turn.surroundings,
         )
         self._loop = loop
 
     def blocking_history(self) -> list[HistoryMessage]:
-        """Return what `history()` does. Only in the agent's own thread: the event loop would wait forever."""
-        return asyncio.run_coroutine_threadsafe(self.history(), self._loop).result()
+        """Return what `history()` does."""
+        return self._wait_for(self.history())
+
+    def blocking_latest_log(self, log_type: str) -> Log | None:
+        """Return what `latest_log()` does."""
+        return self._wait_for(self.latest_log(log_type))
+
+    def blocking_ask(
+        self,
+        question: str,
+        options: Sequence[Option] = (),
+        *,
+        tool_kind: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Answer:
+        """Ask as `ask()` does."""
+        return self._wait_for(self.ask(question, options, tool_kind=tool_kind, metadata=metadata))
+
+    def _wait_for(self, asked: Coroutine[Any, Any, _T]) -> _T:
+        return asyncio.run_coroutine_threadsafe(asked, self._loop).result()
 
 
 class PythonAgent(Agent):

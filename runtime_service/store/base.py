@@ -16,6 +16,7 @@ from runtime_service.runs import (
     EventDraft,
     EventRole,
     LogLevel,
+    Question,
     Run,
     RunEvent,
     RunMode,
@@ -76,6 +77,17 @@ class Cancel(msgspec.Struct, frozen=True):
     request: Request | None = None
 
 
+class NewAnswer(msgspec.Struct, frozen=True):
+    """Answers the open question of a run, if that is still the one of `sequence`; `event` enters the log."""
+
+    organization: str
+    server_id: str
+    run_id: str
+    sequence: int
+    event: EventDraft
+    request: Request | None = None
+
+
 class TurnKey(NamedTuple):
     """Names a turn as its executor holds it; writes under another epoch than the stored one are refused."""
 
@@ -106,6 +118,14 @@ class Change(msgspec.Struct, frozen=True):
 
 class TurnLost(Exception):
     """The turn is no longer the writer's: it was settled or claimed by somebody else. Nothing was written."""
+
+
+class QuestionOpen(Exception):
+    """Input came to a run that waits for an answer: it is one, perhaps. Nothing was written."""
+
+    def __init__(self, question: Question) -> None:
+        super().__init__(f"question {question.sequence} is open")
+        self.question = question
 
 
 class RunPage(msgspec.Struct, frozen=True):
@@ -158,7 +178,22 @@ class RunStore(Protocol):
     def continue_run(self, new: NewTurn, *, claim: bool) -> Awaitable[Change]:
         """Open the next turn. With `claim` it is running at once, unless an earlier turn is open.
 
-        Raises RunNotFound, RequestIdReused.
+        Raises RunNotFound, RequestIdReused; QuestionOpen when the run is asking; QuestionAnswered when the input names
+        an option of a question that was closed, in a turn that is still running.
+        """
+
+    def ask_question(
+        self, key: TurnKey, events: Sequence[EventDraft], options: Sequence[tuple[str, str]]
+    ) -> Awaitable[Change]:
+        """Put events at the end of the log, the last of which asks a question with these options (ids and names).
+
+        The run has it as its open `question` until it is answered or its turn ends or is queued again. Raises TurnLost.
+        """
+
+    def answer_question(self, answer: NewAnswer) -> Awaitable[Change]:
+        """Append the answer's event to the turn that asks, and close the question; the change's run shows that turn.
+
+        Raises RunNotFound, RequestIdReused, and QuestionAnswered unless the question is open.
         """
 
     def append_events(self, key: TurnKey, events: Sequence[EventDraft]) -> Awaitable[Change]:
@@ -236,7 +271,13 @@ class RunStore(Protocol):
         """
 
     async def read_messages(self, run_id: str, before_turn: int, limit: int) -> list[tuple[EventRole, str]]:
-        """Return the newest `limit` user and assistant messages of the turns before, oldest first."""
+        """Return the newest `limit` user and assistant messages of the turns before, oldest first.
+
+        Without answers to questions, which would stand there alone.
+        """
+
+    async def read_latest_log(self, run_id: str, log_type: str) -> RunEvent | None:
+        """Return the newest event of the run's execution log with this type, None where there is none."""
 
     async def close(self) -> None:
         """Finish the writes that were asked for, then close."""
@@ -267,6 +308,10 @@ def incomplete_event(text: str) -> EventDraft:
     """Return the event that keeps what an agent had said of a message that it never ended."""
     return EventDraft(EventRole.ASSISTANT, text, now_ms(), log_type="incomplete", log_level=LogLevel.WARN)
 
+
+PERMISSION_REQUEST = "permission_request"
+PERMISSION_RESPONSE = "permission_response"
+"""The types of the events by which a question is asked, and answered by whomever."""
 
 RETRY_SECONDS = 1.0
 """Who has to write, and finds the store away, asks again after so long."""

@@ -17,6 +17,7 @@ from runtime_service.agents import AgentError, AgentOutput, Delta, HistoryMessag
 from runtime_service.agents import local as local_module
 from runtime_service.agents.local import LocalAgent, LocalOptions
 from runtime_service.runs import EventRole
+from tests.support import GivenSurroundings
 
 LIMIT_SECONDS = 120
 """For a machine that is busy with other things: llama.cpp is much slower then."""
@@ -41,10 +42,7 @@ async def agents_of(*options: dict[str, Any]) -> AsyncIterator[list[LocalAgent]]
 def turn_of(text: str, history: list[HistoryMessage] | None = None) -> TurnContext:
     """A turn with this input, after this history."""
 
-    async def read_history() -> list[HistoryMessage]:
-        return history or []
-
-    return TurnContext(input=text, metadata={}, read_history=read_history)
+    return TurnContext(input=text, metadata={}, surroundings=GivenSurroundings(history))
 
 
 async def ask(agent: LocalAgent, text: str, history: list[HistoryMessage] | None = None) -> list[AgentOutput]:

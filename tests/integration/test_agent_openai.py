@@ -14,6 +14,7 @@ from aiohttp import web
 from runtime_service.agents import AgentError, AgentOutput, Delta, HistoryMessage, Message, TurnContext
 from runtime_service.agents.openai import OpenAIAgent, OpenAIOptions
 from runtime_service.runs import EventRole
+from tests.support import GivenSurroundings
 
 KEY = "sk-test-very-secret"
 KEY_VARIABLE = "KEY_OF_THE_TESTS"
@@ -90,11 +91,8 @@ async def ask(
 ) -> list[AgentOutput]:
     """What an agent at `base_url` says in one turn."""
 
-    async def read_history() -> list[HistoryMessage]:
-        return history or []
-
     agent = OpenAIAgent(OpenAIOptions("tiny", base_url, **options))
-    turn = TurnContext(input=text, metadata={}, read_history=read_history)
+    turn = TurnContext(input=text, metadata={}, surroundings=GivenSurroundings(history))
     try:
         async with asyncio.timeout(LIMIT_SECONDS):
             return [output async for output in agent.run(turn)]

@@ -24,6 +24,7 @@ from runtime_service.agents import (
 )
 from runtime_service.agents.python import BlockingTurnContext, PythonAgent, PythonOptions
 from runtime_service.runs import EventRole
+from tests.support import GivenSurroundings
 
 LIMIT_SECONDS = 10
 MODULE = "agent_of_the_tests"
@@ -45,10 +46,7 @@ def make_agent(monkeypatch: pytest.MonkeyPatch) -> Callable[[object], PythonAgen
 def turn_of(text: str = "hello", history: list[HistoryMessage] | None = None) -> TurnContext:
     """A turn with this input, after this history."""
 
-    async def read_history() -> list[HistoryMessage]:
-        return history or []
-
-    return TurnContext(input=text, metadata={"k": 1}, run_id="run_1", read_history=read_history)
+    return TurnContext(input=text, metadata={"k": 1}, run_id="run_1", surroundings=GivenSurroundings(history))
 
 
 def outputs_of(agent: PythonAgent, turn: TurnContext | None = None) -> list[AgentSays]:
