@@ -111,6 +111,14 @@ class ChildProcess:
                 return line
             searched = length
 
+    async def read(self) -> bytes:
+        """Return what there is of stdout, at least a byte, then b"" at its end, which is that of `read_line`."""
+        while not self._read and await self._read_more():
+            pass
+        data = bytes(self._read)
+        self._read.clear()
+        return data
+
     async def write_line(self, line: bytes, timeout_seconds: float) -> None:
         """Write a line, which brings its newline, after those that others are writing.
 
