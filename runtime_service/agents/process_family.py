@@ -1,7 +1,8 @@
 """A child process with all that it starts, which are found wherever they have gone.
 
 A mark in the environment, which is inherited, tells them from everybody else's; the first of them also brings the
-guard (`process_guard`) to life. It does not know what the children do, nor how one is ended.
+guard (`process_guard`) to life. Who has thrown away the mark is known by parent or session; only one who has thrown
+away all three of them is not found. It does not know what the children do, nor how one is ended.
 """
 
 import asyncio

@@ -31,9 +31,9 @@ if os.fork():
     os.wait()
     os._exit(0)
 os.setsid()
-if os.fork():
+if pid := os.fork():
+    os.write(1, b"%d\\n" % pid)
     os._exit(0)
-os.write(1, b"%d\\n" % os.getpid())
 time.sleep(600)
 """
 
@@ -62,11 +62,6 @@ def is_gone(pid: int) -> bool:
         return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
-
-
-def guards_of(pid: int) -> list[psutil.Process]:
-    """The guards of a runtime."""
-    return [each for each in psutil.Process(pid).children() if "process_guard" in " ".join(each.cmdline())]
 
 
 def rss_bytes() -> int:
@@ -403,9 +398,10 @@ def test_child_process_that_floods_is_held_up_by_its_pipe(run: RunChecked) -> No
             process = psutil.Process(child.pid)
             assert await child.read_line() == b"0" * (length - 1) + b"\n"
             before = rss_bytes()
-            await eventually(lambda: Path(f"/proc/{child.pid}/wchan").read_text().endswith("pipe_write"))
-            # One pipe full, one read, and what it writes while that is read.
-            assert process.io_counters().write_bytes + process.io_counters().write_chars < MIB // 2
+            # One pipe full but for a line, and one read.
+            await eventually(lambda: process.io_counters().write_chars >= 64 * length)
+            await eventually(lambda: process.status() == psutil.STATUS_SLEEPING)
+            assert process.io_counters().write_chars < MIB // 2
             for number in range(1, lines):
                 assert int(await child.read_line()) == number
             assert await child.read_line() == b""
