@@ -49,6 +49,7 @@ class ObedientAgent:
         self._model = "small"
         self._is_cancelled = asyncio.Event()
         self._logged_in = False
+        self._servers: list[Any] = []
 
     def on_connect(self, conn: Any) -> None:
         """Keep the connection."""

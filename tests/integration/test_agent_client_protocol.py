@@ -584,11 +584,11 @@ def test_terminals_end_with_the_session(play: Callable[[Check], None]) -> None:
 
     async def check(stage: Stage) -> None:
         agent = stage.agent("obedient")
-        marks = [str(stage.folder / name) for name in ("one", "two")]
+        marks = [stage.folder / name for name in ("one", "two")]
         script = f"sh -c 'echo $$ > {marks[0]}; exec sleep 600' & setsid sh -c 'echo $$ > {marks[1]}; exec sleep 600'"
         await stage.turn(agent, [{"do": "start terminal", "command": "sh", "args": ["-c", script]}])
-        await eventually(lambda: all(os.path.exists(mark) and Path(mark).read_text() for mark in marks))
-        pids = [int(Path(mark).read_text()) for mark in marks]
+        await eventually(lambda: all(mark.exists() and mark.read_text() for mark in marks))
+        pids = [int(mark.read_text()) for mark in marks]
         assert all(is_alive(pid) for pid in pids)
         await agent.close()
         assert not any(is_alive(pid) for pid in pids)
@@ -806,8 +806,10 @@ def test_agent_that_ends_in_the_middle_fails_its_turn(
         assert said[-1].level is LogLevel.WARNING
         # That of a later turn dies between two turns: it has another one.
         said = await stage.turn(agent, [tell("pid")], turn=2)
-        os.kill(int(text_of(said)), signal.SIGKILL)
-        await eventually(lambda: not agent_processes())
+        session = agent._runs["run_1"].session
+        assert session is not None
+        os.kill(session.pid, signal.SIGKILL)
+        await eventually(lambda: not session.is_alive)
         assert text_of(await stage.turn(agent, [tell("pid")], turn=3)) != text_of(said)
 
     play(check)
