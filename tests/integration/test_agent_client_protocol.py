@@ -381,15 +381,24 @@ def test_mode_and_model_are_set_where_they_are_offered(play: Callable[[Check], N
 def test_session_that_cannot_be_opened_as_wanted_fails_in_words(
     play: Callable[[Check], None], arguments: list[str], options: dict[str, Any], code: str, words: str
 ) -> None:
-    """Also when it is tried again; no process stays."""
+    """No process stays."""
 
     async def check(stage: Stage) -> None:
-        agent = stage.agent("obedient", *arguments, **options)
-        for _ in range(2):
-            failure = await failure_of(stage.turn(agent, "x"))
-            assert failure.code == code
-            assert words in failure.message
+        failure = await failure_of(stage.turn(stage.agent("obedient", *arguments, **options), "x"))
+        assert failure.code == code
+        assert words in failure.message
         await eventually(lambda: not agent_processes())
+
+    play(check)
+
+
+def test_session_in_another_mode_than_wanted_is_not_kept(play: Callable[[Check], None]) -> None:
+    """The turn that tries again fails again."""
+
+    async def check(stage: Stage) -> None:
+        agent = stage.agent("obedient", "--modes", mode="x")
+        for turn in (1, 2):
+            assert (await failure_of(stage.turn(agent, "x", turn=turn))).code == "AGENT_MODE_NOT_OFFERED"
 
     play(check)
 
@@ -635,14 +644,19 @@ def test_cancel_that_is_obeyed_keeps_the_session(play: Callable[[Check], None]) 
     play(check)
 
 
-@pytest.mark.parametrize("steps", [[{"do": "wait"}], [{"do": "hang"}], [{"do": "flood", "count": 1_000_000}]])
-def test_cancel_that_is_not_obeyed_ends_the_process(play: Callable[[Check], None], steps: object) -> None:
+@pytest.mark.parametrize(
+    ("step", "until"),
+    [({"do": "wait"}, "waiting"), ({"do": "hang"}, "…"), ({"do": "flood", "count": 1_000_000}, "0 ")],
+    ids=["waits", "hangs", "floods"],
+)
+def test_cancel_that_is_not_obeyed_ends_the_process(
+    play: Callable[[Check], None], step: dict[str, Any], until: str
+) -> None:
     """After its time; the turn itself is not held up, and the next one has another process."""
 
     async def check(stage: Stage) -> None:
         agent = stage.agent("obedient", "--no-stop", cancel_seconds=0.1)
-        until = {"wait": "waiting", "hang": "…", "flood": "0 "}[steps[0]["do"]]
-        await cancelled(stage, agent, steps, until)
+        await cancelled(stage, agent, [step], until)
         (pid,) = [process.pid for process in agent_processes()]
         assert text_of(await stage.turn(agent, [tell("pid")], turn=2)) != str(pid)
         assert not is_alive(pid)
@@ -798,7 +812,7 @@ def test_agent_that_ends_in_the_middle_fails_its_turn(
         said: list[AgentOutput] = []
         call = {"sessionUpdate": "tool_call", "toolCallId": "1", "title": "T"}
         agent = stage.agent("obedient")
-        turn = stage.collect(said, agent, [say("so far"), {"do": "update", "updates": [call]}, step])
+        turn = stage.collect(said, agent, [{"do": "update", "updates": [call]}, say("so far"), step])
         failure = await failure_of(turn)
         assert failure.code == "AGENT_CRASHED"
         assert words in failure.message

@@ -78,7 +78,7 @@ class AgentClientProtocolAgent(Agent):
         try:
             await self._open(run, path, {})
         except BaseException:
-            self._spawn(self._end(run))
+            await asyncio.wait([self._spawn(self._end(run))])
             raise
         session, run.session = run.session, None
         assert session is not None
