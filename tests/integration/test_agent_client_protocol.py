@@ -456,8 +456,10 @@ def test_warm_processes_wait_for_new_runs(play: Callable[[Check], None]) -> None
         }
         assert text_of(await stage.turn(agent, [tell("pid")], run_id="run_2")) == str(warm)
         await eventually(lambda: len(agent_processes()) == 3)
-        for process in agent_processes():
+        killed = agent_processes()
+        for process in killed:
             process.kill()
+        await eventually(lambda: not any(psutil.pid_exists(process.pid) for process in killed))
         said = await stage.turn(agent, [tell("pid")], run_id="run_3")
         assert is_alive(int(text_of(said)))
 
@@ -669,7 +671,7 @@ def test_cancel_answers_an_open_question(play: Callable[[Check], None]) -> None:
 
     class Waiting(GivenSurroundings):
         async def ask(self, *question: Any) -> Answer:
-            self.asked.append(question)  # type: ignore[arg-type]
+            self.asked.append(question)
             await asyncio.Event().wait()
             raise AssertionError
 
@@ -712,6 +714,7 @@ def test_cancel_while_the_process_starts_ends_it(play: Callable[[Check], None]) 
         ("mute", {"start_seconds": 0.3}, "AGENT_START_TIMEOUT", "within 0.3 s (start_seconds)"),
         ("wrong session", {}, "AGENT_PROTOCOL_ERROR", "in NewSessionResponse, sessionId"),
         ("wrong answer", {}, "AGENT_PROTOCOL_ERROR", "in PromptResponse, stopReason"),
+        ("wrong error", {}, "AGENT_PROTOCOL_ERROR", "an error that is none"),
         ("broken", {}, "AGENT_PROTOCOL_ERROR", "broken JSON"),
         ("noise", {}, "AGENT_PROTOCOL_ERROR", "'a line that somebody printed'"),
         ("long line", {}, "AGENT_PROTOCOL_ERROR", "more than 8,388,608 bytes"),
@@ -822,10 +825,9 @@ def test_agent_that_ends_in_the_middle_fails_its_turn(
         assert said[-1].level is LogLevel.WARNING
         # That of a later turn dies between two turns: it has another one.
         said = await stage.turn(agent, [tell("pid")], turn=2)
-        session = agent._runs["run_1"].session
-        assert session is not None
-        os.kill(session.pid, signal.SIGKILL)
-        await eventually(lambda: not session.is_alive)
+        pid = int(text_of(said))
+        os.kill(pid, signal.SIGKILL)
+        await eventually(lambda: not psutil.pid_exists(pid))
         assert text_of(await stage.turn(agent, [tell("pid")], turn=3)) != text_of(said)
 
     play(check)

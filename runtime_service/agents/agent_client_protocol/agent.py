@@ -5,6 +5,7 @@ import logging
 import secrets
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,7 @@ class AgentClientProtocolAgent(Agent):
                 how = await session.reopen(directory, session_id) if isinstance(session_id, str) else None
                 if how is None:
                     await session.open(directory)
+                session.on_lost = partial(self._lost, run, session)
         except TimeoutError:
             raise self._failures.start_timeout() from None
         return how or "new"
@@ -204,7 +206,11 @@ class AgentClientProtocolAgent(Agent):
                 raise
             log.warning("no process of the agent %s could be started ahead: %s", self._options.name, error)
             return None
+        session.on_lost = partial(self._lost_warm, session)
         return session
+
+    def _lost_warm(self, session: Session) -> None:
+        self._spawn(session.end())
 
     # Ends
 
@@ -220,6 +226,12 @@ class AgentClientProtocolAgent(Agent):
         if not self._closed:
             loop = asyncio.get_running_loop()
             run.idle = loop.call_later(self._options.idle_seconds, self._on_idle, run_id, run)
+
+    def _lost(self, run: "_Run", session: Session) -> None:
+        """A process has ended by itself: between two turns nobody else sees to what it may have left."""
+        if not run.busy and run.session is session:
+            run.session = None
+            run.settling = self._spawn(session.end())
 
     async def _cancel(self, run: "_Run", session: Session) -> None:
         if not await session.cancel():

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -47,7 +47,7 @@ class Session:
         self._options = options
         self._failures = Failures(options)
         self._child = child
-        self._transport = ChildTransport(child, self._on_update)
+        self._transport = ChildTransport(child, self._on_update, self._on_end)
         self._client = Client(options)
         self._connection: Any = ClientSideConnection(self._client, self._transport, use_unstable_protocol=True)
         self._initialized: InitializeResponse | None = None
@@ -55,6 +55,8 @@ class Session:
         self._prompting: asyncio.Task[Any] | None = None
         self.is_broken = False
         self.is_open = False
+        self.on_lost: Callable[[], None] | None = None
+        """Called when nothing more comes from the process."""
 
     @classmethod
     async def launch(cls, options: AgentClientProtocolOptions, cwd: Path) -> "Session":
@@ -258,9 +260,14 @@ class Session:
             update = kind.model_validate(params["update"])
         except (ValidationError, KeyError, TypeError):
             turn.add_strange()
+            await asyncio.sleep(0)  # others have their turn, however many of these there are
         else:
             turn.add(turn.transcript.add(update))
         await turn.room()
+
+    def _on_end(self) -> None:
+        if self.on_lost is not None:
+            self.on_lost()
 
     async def _wait(self, turn: Inbox) -> None:
         """Wait for something to happen. Raises AgentError when nothing does."""
