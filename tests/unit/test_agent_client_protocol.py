@@ -320,6 +320,16 @@ def test_tool_call_is_cut_where_it_is_large() -> None:
     assert len(msgspec.json.encode(metadata)) < MIB // 2
 
 
+def test_tool_call_is_cut_where_it_is_deep() -> None:
+    """Whoever reads the event has a limit of nesting."""
+    deep: Any = []
+    for _ in range(900):
+        deep = [deep]
+    entry = only(outputs_of(call(new=True, title="t", rawInput=deep, rawOutput={"a": [{"b": [1]}]})))
+    assert entry.metadata["rawInput"]["cut"] in ("", "[" * 901 + "]" * 901)
+    assert entry.metadata["rawOutput"] == {"a": [{"b": [1]}]}
+
+
 def test_diff_of_long_texts_is_one_hunk() -> None:
     """Found in no time; what did not change is left out but for three lines on either side."""
     old = [f"line {n}" for n in range(50_000)]
