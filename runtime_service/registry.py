@@ -13,6 +13,7 @@ import msgspec
 
 from runtime_service.agents import Agent
 from runtime_service.errors import ServerNotFound, shown
+from runtime_service.questions import QuestionSettings
 
 AGENT_RUNTIME = "agent_runtime"
 AGENT_KINDS: dict[str, str] = {
@@ -32,6 +33,7 @@ class _ServerTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     agent_runtime: str | None = None
     turn_timeout_seconds: Annotated[float, msgspec.Meta(gt=0, le=604_800)] = 3_600
     repeatable: bool = True
+    questions: QuestionSettings = QuestionSettings()
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -45,7 +47,8 @@ class ConfigurationError(Exception):
 class Server(msgspec.Struct, frozen=True):
     """An agent runtime: `agent` executes its turns, at most `turn_timeout_seconds` each.
 
-    Where it is not `repeatable`, no turn is begun a second time, whatever the agent says of itself.
+    Where it is not `repeatable`, no turn is begun a second time, whatever the agent says of itself. `questions` says
+    what becomes of what the agent asks.
     """
 
     id: str
@@ -53,6 +56,7 @@ class Server(msgspec.Struct, frozen=True):
     agent: Agent
     turn_timeout_seconds: float
     repeatable: bool = True
+    questions: QuestionSettings = QuestionSettings()
 
     @property
     def may_repeat(self) -> bool:
@@ -141,4 +145,4 @@ def _make_server(where: str, server_id: str, table: _ServerTable) -> Server:
         agent: Agent = kind(msgspec.convert(table.options, kind.Options))  # type: ignore[call-arg]
     except (msgspec.ValidationError, ValueError) as error:
         raise ConfigurationError(f"{where}: options: {error}.") from error
-    return Server(server_id, table.organization, agent, table.turn_timeout_seconds, table.repeatable)
+    return Server(server_id, table.organization, agent, table.turn_timeout_seconds, table.repeatable, table.questions)

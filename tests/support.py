@@ -16,6 +16,7 @@ import pytest
 from runtime_service.agents import Agent, AgentSays, Answer, AnsweredBy, HistoryMessage, Log, Option, TurnContext
 from runtime_service.event_log import EventLog
 from runtime_service.executor import Executor, ExecutorLimits
+from runtime_service.questions import QuestionSettings
 from runtime_service.registry import Registry, Server
 from runtime_service.runs import TERMINAL, EventDraft, EventRole, Run, RunEvent, RunMode, RunStatus, new_run_id, now_ms
 from runtime_service.store.base import Cancel, NewRun, NewTurn, RunStore, TurnKey
@@ -341,10 +342,14 @@ async def runtime(
     *,
     turn_timeout_seconds: float = 3_600,
     drain_seconds: float = 0,
+    questions: QuestionSettings | None = None,
 ) -> AsyncIterator[Runtime]:
     """A runtime over a place that holds runs, such as the SQLite file at a path; drained at the end."""
     by_id = {SERVER: agents} if isinstance(agents, Agent) else agents
-    servers = {name: Server(name, ORGANIZATION, agent, turn_timeout_seconds) for name, agent in by_id.items()}
+    asked = questions or QuestionSettings()
+    servers = {
+        name: Server(name, ORGANIZATION, agent, turn_timeout_seconds, questions=asked) for name, agent in by_id.items()
+    }
     store = await _opened(place)
     event_log = EventLog(store)
     limits = limits or ExecutorLimits(cancel_grace_seconds=0.05)

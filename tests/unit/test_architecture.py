@@ -14,9 +14,11 @@ ROOT = Path(__file__).parents[2]
 LAYERS = [
     ["runs", "errors"],
     ["agents", "store"],
-    ["registry", "live_run", "agent_events", "retention", "validation"],
+    ["live_run", "agent_events", "retention", "validation"],
+    ["questions"],
+    ["registry"],
     ["event_log"],
-    ["speech"],
+    ["speech", "asking"],
     ["execution"],
     ["admission", "errands"],
     ["executor"],
