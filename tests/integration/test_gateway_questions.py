@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.stack import Answer, Stack, runs, serving
+from tests.integration.stack import Answer, Stack, runs, serving, until
 from tests.support import run_async
 
 RUNS = runs("asking")
@@ -189,9 +189,10 @@ questions = {{ {settings} }}
                 events = (await stack.call("GET", f"{RUNS}/{run}/events")).events
                 return [event["content"] for event in events if event.get("logType") == "permission_decision"]
 
-            async with asyncio.timeout(10):
-                while not await decided():
-                    await asyncio.sleep(0.01)
+            async def any_decided() -> bool:
+                return bool(await decided())
+
+            await until(any_decided)
             assert (await decided())[0] == first
 
     run_async(main())
