@@ -18,8 +18,29 @@ from runtime_service.event_log import EventLog
 from runtime_service.executor import Executor, ExecutorLimits
 from runtime_service.questions import QuestionSettings
 from runtime_service.registry import Registry, Server
-from runtime_service.runs import TERMINAL, EventDraft, EventRole, Run, RunEvent, RunMode, RunStatus, new_run_id, now_ms
-from runtime_service.store.base import Cancel, NewRun, NewTurn, RunStore, TurnKey
+from runtime_service.runs import (
+    TERMINAL,
+    EventDraft,
+    EventRole,
+    LogLevel,
+    Run,
+    RunEvent,
+    RunMode,
+    RunStatus,
+    new_run_id,
+    now_ms,
+)
+from runtime_service.store.base import (
+    PERMISSION_REQUEST,
+    PERMISSION_RESPONSE,
+    Cancel,
+    NewAnswer,
+    NewRun,
+    NewTurn,
+    RunStore,
+    TurnKey,
+    log_event,
+)
 from runtime_service.store.group_commit import GroupCommitWriter
 from runtime_service.store.sqlite import SQLiteStore
 from runtime_service.validation import checked_request
@@ -214,6 +235,28 @@ def key_of(run: Run) -> TurnKey:
 def said(*texts: str) -> list[EventDraft]:
     """Messages of an agent."""
     return [EventDraft(EventRole.ASSISTANT, text, now_ms()) for text in texts]
+
+
+OPTIONS = (("yes", "Allow it"), ("no", "Not at all"))
+"""Of a question: ids and names."""
+
+
+def question(text: str = "May I?") -> EventDraft:
+    """What asks."""
+    return log_event(PERMISSION_REQUEST, LogLevel.INFO, text)
+
+
+async def asking(store: RunStore, options: Sequence[tuple[str, str]] = OPTIONS) -> Run:
+    """A run whose turn 1 is running and has asked, by event 2."""
+    return (await store.ask_question(key_of(await running(store)), [question()], options)).run
+
+
+def answer_to(run: Run, text: str = "yes", *, request_id: str | None = None) -> NewAnswer:
+    """The answer to what a run asks."""
+    assert run.question is not None
+    event = EventDraft(EventRole.USER, text, now_ms(), log_type=PERMISSION_RESPONSE)
+    request = checked_request(request_id or "", b"", "answer", run.server_id, run.id, text)
+    return NewAnswer(run.organization, run.server_id, run.id, run.question.sequence, event, request)
 
 
 async def log_of(store: RunStore, run_id: str) -> list[RunEvent]:
