@@ -51,7 +51,7 @@ END
 $$;
 
 -- Extend the logs of running turns that the replica holds, settle some of them and keep drafts. Returns of each that
--- was its own: n, the run's last sequence, message count and last turn, and its question where there is one; and
+-- was its own: n, the run's last sequence, message count and last turn, and the question that it had, if any; and
 -- whether a turn became ready by it.
 CREATE OR REPLACE FUNCTION acp.extend_turns(p_replica text, p_turns jsonb, OUT extended jsonb, OUT readied boolean)
 LANGUAGE plpgsql AS $$
@@ -103,8 +103,7 @@ BEGIN
     )
     SELECT coalesce(jsonb_agg(
                jsonb_build_array(h.n, h.last_sequence + h.added, h.message_count + h.messages, h.last_turn)
-               || CASE WHEN h.outcome IS NULL AND h.question IS NOT NULL THEN jsonb_build_array(h.question)
-                       ELSE '[]' END), '[]'),
+               || CASE WHEN h.question IS NULL THEN '[]' ELSE jsonb_build_array(h.question) END), '[]'),
            EXISTS (SELECT FROM next)
     INTO extended, readied
     FROM held h;
