@@ -1,9 +1,7 @@
--- A run knows what its running turn has asked last: [sequence, is_open, [[id, name], …]], NULL where that is nothing.
--- It stands while the turn runs, and no other turn of the run runs meanwhile. A result of a write (see
--- 0003_other_writes.sql) that is `missing` has the `question` that is open, or that it was `answered`, where it was
--- refused for that. Processes of the version before, which may be at work still, ask nothing, and queue what comes.
-
-ALTER TABLE acp.runs ADD COLUMN question jsonb;
+-- Questions: asked by the running turn, answered once, gone when no turn of the run is running any more. A result of a
+-- write (see 0003_other_writes.sql) that is `missing` has the `question` that is open, or that it was `answered`, where
+-- it was refused for that. Processes of the version before, which may be at work still, ask nothing, and what comes to
+-- them is queued.
 
 -- A run as it shows one of its turns; holder and address are those of the replica that executes one of them.
 CREATE OR REPLACE VIEW acp.shown_runs AS
