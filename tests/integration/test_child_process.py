@@ -415,16 +415,17 @@ def test_child_process_reader_of_a_flood_lets_others_run(run: RunChecked) -> Non
 
     async def main() -> None:
         async with child_of("yes") as child:
+            read = 0
 
-            async def read() -> None:
-                while await child.read_line():
-                    pass
+            async def count() -> None:
+                nonlocal read
+                while read < 1_000_000 and await child.read_line():
+                    read += 1
 
-            reading = asyncio.create_task(read())
-            started = time.monotonic()
-            for _ in range(100):
+            reading = asyncio.create_task(count())
+            for _ in range(20):
                 await asyncio.sleep(0)
-            assert time.monotonic() - started < LIMIT_SECONDS
+            assert read < 500_000
             await child.end(0)
             await reading
 
@@ -441,6 +442,18 @@ def test_child_process_never_waits_for_its_stderr_to_be_read(run: RunChecked) ->
             await child.wait()
             assert child.last_errors.endswith("eethe \ufffd end")
             assert len(child.last_errors) <= 4096
+
+    run(main())
+
+
+def test_child_process_has_its_last_words_read_with_its_exit(run: RunChecked) -> None:
+    """However many they are, and whatever the loop comes to first."""
+
+    async def main() -> None:
+        async with child_of("sh", "-c", "head -c 60000 /dev/zero >&2; echo end >&2; exit 1") as child:
+            os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # noqa: ASYNC222 - so that all is there at once
+            assert await child.wait() == 1
+            assert child.last_errors.endswith("\0end\n")
 
     run(main())
 
