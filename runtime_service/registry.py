@@ -20,6 +20,7 @@ AGENT_KINDS: dict[str, str] = {
     "python": "runtime_service.agents.python:PythonAgent",
     "openai": "runtime_service.agents.openai:OpenAIAgent",
     "local": "runtime_service.agents.local:LocalAgent",
+    "a2a": "runtime_service.agents.a2a:A2AAgent",
 }
 """Each kind of agent and its class, imported when a server names it."""
 

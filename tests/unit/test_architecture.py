@@ -180,7 +180,7 @@ def test_only_the_registry_names_kinds_of_agents() -> None:
         if room_of(module) != "agents":
             for name in imports_of(path):
                 assert not name.startswith(
-                    tuple(f"runtime_service.agents.{kind}" for kind in ("echo", "python", "openai", "local"))
+                    tuple(f"runtime_service.agents.{kind}" for kind in ("echo", "python", "openai", "local", "a2a"))
                 ), module
 
 
