@@ -19,14 +19,15 @@ Script = Callable[["Remote", RequestContext, TaskUpdater], Awaitable[None]]
 
 
 class Remote(AgentExecutor):
-    """A remote agent that does as a test says: `script` once for each message, in a task unless it `says_only`.
+    """A remote agent that does as a test says: `script`, once for each message.
 
-    `heard` are the messages; `cancelled` the ids of the tasks whose cancel has reached it.
+    `heard` are the messages; `done` are the tasks whose script has ended, `cancelled` those whose cancel came, by id.
     """
 
     def __init__(self, script: Script) -> None:
         self._script = script
         self.heard: list[Message] = []
+        self.done: list[str] = []
         self.cancelled: list[str] = []
         self.queue: EventQueue | None = None
 
@@ -38,6 +39,7 @@ class Remote(AgentExecutor):
         self.heard.append(context.message)
         self.queue = event_queue
         await self._script(self, context, TaskUpdater(event_queue, context.task_id, context.context_id))
+        self.done.append(context.task_id)
 
     async def cancel(self, context: RequestContext, event_queue: EventQueue) -> None:
         """Note the cancel, and confirm it."""
@@ -81,14 +83,12 @@ async def serving(remote: Remote, *, streaming: bool = True, binding: str = "JSO
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
     card = card_at(f"{url}/a2a", streaming=streaming, binding=binding)
     handler = DefaultRequestHandler(remote, InMemoryTaskStore(), card)
-    routes = create_agent_card_routes(card)
     if binding == "JSONRPC":
-        routes += create_jsonrpc_routes(handler, "/a2a")
+        calls = [*create_jsonrpc_routes(handler, "/a2a")]
     else:
-        routes += create_rest_routes(handler, path_prefix="/a2a")
-    config = uvicorn.Config(
-        Starlette(routes=routes), log_config=None, lifespan="off", ws="none", timeout_graceful_shutdown=1
-    )
+        calls = [*create_rest_routes(handler, path_prefix="/a2a")]
+    app = Starlette(routes=[*create_agent_card_routes(card), *calls])
+    config = uvicorn.Config(app, log_config=None, lifespan="off", ws="none", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve([listening]))
     try:

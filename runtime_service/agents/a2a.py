@@ -30,12 +30,12 @@ class A2AAgent(Agent):
 
     def unavailable_reason(self) -> str | None:
         """Say so when a variable that is to hold a secret is not set."""
-        missing = self._options.missing_variables()
-        if not missing:
+        name = self._options.unusable_variable()
+        if name is None:
             return None
         return (
-            f"The environment variable {missing[0]}, which is to hold a credential for the agent at "
-            f"{self._options.host}, is not set where the runtime service runs."
+            f"The environment variable {name}, which is to hold a credential for the agent at {self._options.host}, "
+            "is not set where the runtime service runs, or holds what is none."
         )
 
     async def run(self, turn: TurnContext) -> AsyncGenerator[AgentSays]:
@@ -45,13 +45,9 @@ class A2AAgent(Agent):
         connection = await self._connect()
         from runtime_service.agents.a2a_conversation import converse
 
-        try:
-            async with aclosing(converse(connection, self._options, turn)) as outputs:
-                async for said in outputs:
-                    yield said
-        except AgentError as error:
-            # The agent's own words are in some of them.
-            raise AgentError(self._options.redacted(error.message), error.code) from error
+        async with aclosing(converse(connection, self._options, turn)) as outputs:
+            async for said in outputs:
+                yield said
 
     async def close(self) -> None:
         """Close the connections."""

@@ -7,10 +7,11 @@ needed.
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 import httpx
-from a2a.client import A2ACardResolver, Client, ClientConfig, ClientFactory
+from a2a.client import A2ACardResolver, A2AClientError, Client, ClientConfig, ClientFactory
 from a2a.types import (
     AgentCard,
     CancelTaskRequest,
@@ -24,12 +25,15 @@ from a2a.types import (
     SubscribeToTaskRequest,
     Task,
 )
+from a2a.utils.errors import A2AError
 
 from runtime_service.agents.a2a_failures import StreamCut, TaskUnknown, TooLarge, cut, failure_of, silent
 from runtime_service.agents.a2a_options import A2AOptions
 from runtime_service.agents.base import AgentError
 
 log = logging.getLogger(__name__)
+# It would log each card whole, however large that is.
+logging.getLogger("a2a.client.card_resolver").setLevel(logging.WARNING)
 
 _CONNECT_SECONDS = 10.0
 _CALL_SECONDS = 30.0
@@ -55,7 +59,7 @@ class Connection:
             # A turn holds a connection as long as it lasts: how many there may be is the runtime's to say.
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=20),
         )
-        self._opening = asyncio.Lock()
+        self._reading: asyncio.Task[Client] | None = None
         self._client: Client | None = None
         self._streams = False
         self._card_read_at = 0.0
@@ -80,24 +84,26 @@ class Connection:
             configuration=SendMessageConfiguration(return_immediately=not streams, history_length=0),
         )
         begun: Task | None = None
-        async for response in self._responses(client.send_message(request)):
-            yield response
-            if response.HasField("task"):
-                begun = response.task
-            if not streams:
-                break
+        async with aclosing(self._responses(client.send_message(request))) as responses:
+            async for response in responses:
+                yield response
+                if response.HasField("task"):
+                    begun = response.task
         if streams or begun is None:
             raise cut(self._options)
-        async for response in self._poll(client, begun.id, begun):
-            yield response
+        async with aclosing(self._poll(client, begun)) as responses:
+            async for response in responses:
+                yield response
 
     async def resume(self, task_id: str) -> AsyncGenerator[StreamResponse]:
         """Give the task as it is now, and what follows, until the caller has heard enough. Raises TaskUnknown."""
         client = await self._open_client()
         if self._streams:
             try:
-                async for response in self._responses(client.subscribe(SubscribeToTaskRequest(id=task_id))):
-                    yield response
+                subscription = client.subscribe(SubscribeToTaskRequest(id=task_id))
+                async with aclosing(self._responses(subscription)) as responses:
+                    async for response in responses:
+                        yield response
                 raise cut(self._options)
             except (StreamCut, TaskUnknown):
                 raise
@@ -105,8 +111,9 @@ class Connection:
                 # The task has ended, or the agent streams only what it is asked at the time.
                 if error.code not in ("AGENT_REQUEST_INVALID", "AGENT_PROTOCOL_ERROR", "AGENT_NOT_FOUND"):
                     raise
-        async for response in self._poll(client, task_id, None):
-            yield response
+        async with aclosing(self._poll(client, Task(id=task_id))) as responses:
+            async for response in responses:
+                yield response
 
     async def cancel(self, task_id: str) -> None:
         """Ask the agent to end the task."""
@@ -115,16 +122,19 @@ class Connection:
 
     async def close(self) -> None:
         """Close the connections."""
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.wait([self._reading])
         await self._http.aclose()
 
-    async def _poll(self, client: Client, task_id: str, last: Task | None) -> AsyncGenerator[StreamResponse]:
-        """Give the task whenever it has changed."""
+    async def _poll(self, client: Client, last: Task) -> AsyncGenerator[StreamResponse]:
+        """Give the task whenever it is another than it was last."""
         loop = asyncio.get_running_loop()
         changed_at = loop.time()
-        pause = _FIRST_POLL_SECONDS if last else 0
+        pause = _FIRST_POLL_SECONDS
         while True:
             await asyncio.sleep(pause)
-            task = await self._called(client.get_task(GetTaskRequest(id=task_id, history_length=0)), begun=True)
+            task = await self._called(client.get_task(GetTaskRequest(id=last.id, history_length=0)), begun=True)
             if task != last:
                 last = task
                 yield StreamResponse(task=task)
@@ -138,16 +148,19 @@ class Connection:
     async def _responses(self, stream: AsyncIterator[StreamResponse]) -> AsyncGenerator[StreamResponse]:
         """Hand on the stream; each response in its time."""
         begun = False
-        while True:
-            try:
-                async with asyncio.timeout(self._options.timeout_seconds):
-                    response = await anext(stream, None)
-            except Exception as error:  # the library does not say what it raises
-                raise self._failed(error, begun=begun) from error
-            if response is None:
-                return
-            begun = True
-            yield response
+        # The library declares less than it gives.
+        assert isinstance(stream, AsyncGenerator)
+        async with aclosing(stream):
+            while True:
+                try:
+                    async with asyncio.timeout(self._options.timeout_seconds):
+                        response = await anext(stream, None)
+                except Exception as error:  # the library does not say what it raises
+                    raise self._failed(error, begun=begun) from error
+                if response is None:
+                    return
+                begun = True
+                yield response
 
     async def _called(self, call: Awaitable[_T], *, begun: bool = False) -> _T:
         try:
@@ -157,15 +170,21 @@ class Connection:
             raise self._failed(error, begun=begun) from error
 
     async def _open_client(self) -> Client:
-        async with self._opening:
-            now = asyncio.get_running_loop().time()
-            if self._client is None or now - self._card_read_at > _CARD_SECONDS:
-                resolver = A2ACardResolver(self._http, self._options.url)
-                card = await self._called(resolver.get_agent_card(self._options.card_path))
-                self._client = self._client_of(card)
-                self._streams = self._options.streaming and card.capabilities.streaming
-                self._card_read_at = now
+        now = asyncio.get_running_loop().time()
+        if self._client is not None and now - self._card_read_at <= _CARD_SECONDS:
             return self._client
+        # One for all who wait: where the agent hangs they are not to wait for each other's time limits.
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.create_task(self._read_card())
+        return await asyncio.shield(self._reading)
+
+    async def _read_card(self) -> Client:
+        resolver = A2ACardResolver(self._http, self._options.url)
+        card = await self._called(resolver.get_agent_card(self._options.card_path))
+        self._client = client = self._client_of(card)
+        self._streams = self._options.streaming and card.capabilities.streaming
+        self._card_read_at = asyncio.get_running_loop().time()
+        return client
 
     def _client_of(self, card: AgentCard) -> Client:
         options = self._options
@@ -196,9 +215,10 @@ class Connection:
             raise AgentError(message, "AGENT_CARD_INVALID") from error
 
     def _failed(self, error: Exception, *, begun: bool) -> AgentError:
-        """Translate; what is known of the agent is asked again next time."""
-        self._client = None
-        kind, said = type(error).__name__, self._options.redacted(str(error)[:1000])
+        """Translate; after all but a plain answer the card is read again next time."""
+        if isinstance(error, A2AClientError) or not isinstance(error, A2AError):
+            self._client = None
+        kind, said = type(error).__name__, self._options.quoted(str(error))
         log.warning("the agent at %s failed: %s: %s", self._options.host, kind, said)
         return failure_of(error, self._options, begun=begun)
 

@@ -29,7 +29,7 @@ _TAKE_UP_PAUSES_SECONDS = (0.1, 1.0, 3.0)
 async def converse(connection: Connection, options: A2AOptions, turn: TurnContext) -> AsyncGenerator[AgentSays]:
     """Give what the agent says in this turn. A task that is still open when this ends is cancelled."""
     remembered = await _remembered(turn, options)
-    updates = Updates(options.host, options.url, turn.turn, remembered)
+    updates = Updates(options, turn.turn, remembered)
     # The same in each attempt: an agent that has the message already can tell.
     message_id = f"{turn.run_id}-{turn.turn}" if turn.run_id else uuid.uuid4().hex
     lost = remembered.get("taskId") if remembered.get("turn") == turn.turn else None
@@ -51,7 +51,7 @@ async def converse(connection: Connection, options: A2AOptions, turn: TurnContex
                 gone = True
             if gone:
                 updates.begin_again()
-                yield Log("The agent's task is gone; it is asked again.", LogLevel.WARNING, "status", {"taskId": lost})
+                yield Log("The agent's task is gone; it is asked again.", LogLevel.WARN, "status", {"taskId": lost})
                 responses = _send(connection, updates, turn.input, message_id)
             elif updates.question is None:
                 return
@@ -96,13 +96,15 @@ async def _outputs(
                     if outputs := updates.add(response):
                         yield outputs
                         cuts = 0
+                    if updates.failure is not None:
+                        raise updates.failure
                     if updates.settled:
                         return
         except AgentError as error:
             passing = isinstance(error, StreamCut) or (cuts > 0 and error.code == "AGENT_UNREACHABLE")
-            task_id = updates.task_id
-            if not passing or task_id is None or cuts == len(_TAKE_UP_PAUSES_SECONDS):
+            if not passing or updates.task_id is None or cuts == len(_TAKE_UP_PAUSES_SECONDS):
                 raise
+            task_id = updates.task_id
         await asyncio.sleep(_TAKE_UP_PAUSES_SECONDS[cuts])
         cuts += 1
         responses = connection.resume(task_id)

@@ -21,7 +21,6 @@ from a2a.utils.errors import (
 from runtime_service.agents.a2a_options import A2AOptions
 from runtime_service.agents.base import AgentError
 
-_MAX_QUOTED_CHARACTERS = 300
 _REFUSALS = (
     ContentTypeNotSupportedError,
     ExtensionSupportRequiredError,
@@ -49,12 +48,12 @@ def failure_of(error: Exception, options: A2AOptions, *, begun: bool = False) ->
     causes = list(_causes(error))
     if any(isinstance(cause, TooLarge) for cause in causes):
         return AgentError(
-            f"{agent} sent more at once than is taken: {quoted(str(causes[-1]))}.", "AGENT_PROTOCOL_ERROR"
+            f"{agent} sent more at once than is taken: {options.quoted(str(causes[-1]))}.", "AGENT_PROTOCOL_ERROR"
         )
     if isinstance(error, TaskNotFoundError):
         return TaskUnknown(f"{agent} does not know the task any more. Begin again.", "AGENT_TASK_UNKNOWN")
     if isinstance(error, _REFUSALS):
-        message = f"{agent} does not take the request: {quoted(error.message)}."
+        message = f"{agent} does not take the request: {options.quoted(error.message)}."
         return AgentError(message, "AGENT_REQUEST_INVALID")
     for cause in causes:
         if isinstance(cause, httpx.HTTPStatusError):
@@ -66,7 +65,7 @@ def failure_of(error: Exception, options: A2AOptions, *, begun: bool = False) ->
         if isinstance(cause, httpx.NetworkError | httpx.ProtocolError):
             return cut(options) if begun else _gone(agent)
     if isinstance(error, InternalError) or (isinstance(error, A2AError) and error.message.startswith("JSON-RPC Error")):
-        return AgentError(f"{agent} failed: {quoted(error.message)}. Try again later.", "AGENT_ERROR")
+        return AgentError(f"{agent} failed: {options.quoted(error.message)}. Try again later.", "AGENT_ERROR")
     if isinstance(error, AgentCardResolutionError):
         message = (
             f"What the agent at {options.host} has at {options.card_path} is no agent card. Check url and card_path."
@@ -85,11 +84,6 @@ def cut(options: A2AOptions) -> StreamCut:
     """Return the failure of a stream that ended before its task did."""
     message = f"The answer of the agent at {options.host} broke off in the middle. Try again."
     return StreamCut(message, "AGENT_STREAM_CUT")
-
-
-def quoted(text: str) -> str:
-    """Return what the agent itself says on one short line, without the full stop."""
-    return " ".join(text[: 10 * _MAX_QUOTED_CHARACTERS].split())[:_MAX_QUOTED_CHARACTERS].rstrip(".")
 
 
 def _of_status(status: int, agent: str, options: A2AOptions, of_card: bool) -> AgentError:

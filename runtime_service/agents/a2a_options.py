@@ -9,6 +9,9 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+_MAX_QUOTED_CHARACTERS = 300
+_MAX_READ_CHARACTERS = 10_000
+
 _Variable = Annotated[str, msgspec.Meta(min_length=1)]
 _HeaderName = Annotated[str, msgspec.Meta(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$")]
 
@@ -46,15 +49,19 @@ class A2AOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The host of `url`, for messages."""
         return urlsplit(self.url).hostname or ""
 
-    def missing_variables(self) -> list[str]:
-        """Return the names of the environment variables that are named and not set."""
-        return [name for name in self._variables() if not os.environ.get(name)]
+    def unusable_variable(self) -> str | None:
+        """Return the first environment variable that is named here and holds nothing that a header can carry."""
+        for name in self._variables():
+            secret = _secret(name)
+            if not secret or not secret.isascii() or not secret.isprintable():
+                return name
+        return None
 
     def headers(self) -> dict[str, str]:
         """Return the headers that carry the secrets."""
-        headers = {header: os.environ.get(name, "") for header, name in self.headers_env.items()}
+        headers = {header: _secret(name) for header, name in self.headers_env.items()}
         if self.api_key_env is not None:
-            headers["Authorization"] = f"Bearer {os.environ.get(self.api_key_env, '')}"
+            headers["Authorization"] = f"Bearer {_secret(self.api_key_env)}"
         return headers
 
     def may_see_secrets(self, url: str) -> bool:
@@ -67,12 +74,17 @@ class A2AOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         known = {name.lower() for name in (self.host, *self.secrets_hosts)}
         return host in known and (there.scheme == "https" or self.url.startswith("http:"))
 
-    def redacted(self, text: str) -> str:
-        """Return the text without the secrets."""
+    def quoted(self, text: str) -> str:
+        """Return what others say on one short line, without the full stop and the secrets."""
+        text = text[:_MAX_READ_CHARACTERS]
         for name in self._variables():
-            if secret := os.environ.get(name):
+            if secret := _secret(name):
                 text = text.replace(secret, "[secret]")
-        return text
+        return " ".join(text.split())[:_MAX_QUOTED_CHARACTERS].rstrip(".")
 
     def _variables(self) -> list[str]:
         return [*([] if self.api_key_env is None else [self.api_key_env]), *self.headers_env.values()]
+
+
+def _secret(variable: str) -> str:
+    return os.environ.get(variable, "").strip()

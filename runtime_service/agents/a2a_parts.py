@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from a2a.types import Part
 
 MAX_NAME_CHARACTERS = 500
-_MAX_URL_CHARACTERS = 2_000
+_MAX_FILENAME_CHARACTERS = 200
 _MAX_DATA_BYTES = 16 << 10
 _MAX_PARTS = 50
 _MAX_DEPTH = 16
@@ -27,28 +27,22 @@ def other_than_text(parts: Iterable["Part"]) -> list["Part"]:
 
 
 def described(parts: Sequence["Part"]) -> list[dict[str, Any]]:
-    """Return what the files and data are, for metadata: at most fifty, with 16 KiB of data in all."""
+    """Return what the files and data are, for metadata: at most fifty, with 16 KiB of addresses and data."""
     room = _MAX_DATA_BYTES
     found: list[dict[str, Any]] = []
     for part in parts[:_MAX_PARTS]:
         item: dict[str, Any] = {"kind": "data" if part.HasField("data") else "file"}
         if part.media_type:
-            item["mediaType"] = part.media_type[:MAX_NAME_CHARACTERS]
+            item["mediaType"] = part.media_type[:_MAX_FILENAME_CHARACTERS]
         if part.filename:
-            item["filename"] = part.filename[:MAX_NAME_CHARACTERS]
+            item["filename"] = part.filename[:_MAX_FILENAME_CHARACTERS]
         if part.HasField("raw"):
             item["bytes"] = len(part.raw)
-        elif part.HasField("url"):
-            item["url"] = part.url[:_MAX_URL_CHARACTERS]
-            if len(part.url) > _MAX_URL_CHARACTERS:
-                item["cut"] = True
-        elif part.HasField("data"):
-            size = part.data.ByteSize()
-            if size <= room:
-                room -= size
-                item["data"] = _value(part.data)
-            else:
-                item["omittedBytes"] = size
+        elif (size := part.ByteSize()) > room:
+            item["omittedBytes"] = size
+        else:
+            room -= size
+            item |= {"data": _value(part.data)} if part.HasField("data") else {"url": part.url}
         found.append(item)
     if len(parts) > _MAX_PARTS:
         found.append({"omittedParts": len(parts) - _MAX_PARTS})

@@ -12,7 +12,7 @@ from a2a.types import Artifact, StreamResponse, TaskState, TaskStatus
 from a2a.types import Message as RemoteMessage
 from a2a.types import Part as RemotePart
 
-from runtime_service.agents.a2a_failures import quoted
+from runtime_service.agents.a2a_options import A2AOptions
 from runtime_service.agents.a2a_parts import (
     MAX_NAME_CHARACTERS,
     described,
@@ -27,8 +27,8 @@ from runtime_service.runs import LogLevel
 TASK_LOG = "a2a_task"
 """The log type of what is to be known of a task after a restart."""
 
-_MAX_MESSAGE_CHARACTERS = 250_000
-"""Four bytes each, and metadata beside: an event of the runtime holds that."""
+_MAX_MESSAGE_CHARACTERS = 180_000
+"""Of up to four bytes each, and metadata beside: an event of the runtime holds that."""
 _MAX_STATUS_CHARACTERS = 16_000
 _MAX_ARTIFACTS = 1_000
 
@@ -57,20 +57,20 @@ class TaskCanceled(AgentError):
 class Updates:
     """What the agent says in one turn. Feed it responses; stop when it is `settled`.
 
-    Then either the turn has ended, or there is a `question`: the next responses are those to its answer. `task_id` and
-    `context_id` are those that the agent gave. `remembered` is the metadata of the newest `TASK_LOG`, if there is one.
+    Then the turn has ended, with a `failure` or without, or there is a `question`: the next responses are to its
+    answer. `task_id` and `context_id` are the agent's. `remembered` is the metadata of the newest `TASK_LOG`.
     """
 
-    def __init__(self, host: str, url: str, turn: int, remembered: Mapping[str, Any]) -> None:
-        self._agent = f"The agent at {host}"
-        self._host = host
-        self._url = url
+    def __init__(self, options: A2AOptions, turn: int, remembered: Mapping[str, Any]) -> None:
+        self._options = options
+        self._agent = f"The agent at {options.host}"
         self._turn = turn
         self._logged = remembered
         self.context_id: str | None = remembered.get("contextId")
         self.task_id: str | None = None
         self.question: str | None = None
         self.question_metadata: dict[str, Any] = {}
+        self.failure: AgentError | None = None
         self.settled = False
         self.task_is_open = False
         self._last_status: TaskStatus | None = None
@@ -87,6 +87,8 @@ class Updates:
 
     def begin_again(self) -> None:
         """Expect the responses of a new task: the one that there was is gone."""
+        self.failure = None
+        self.settled = False
         self.task_id = None
         self.task_is_open = False
         self._last_status = None
@@ -98,7 +100,7 @@ class Updates:
         self.settled = False
 
     def add(self, response: StreamResponse) -> tuple[AgentOutput, ...]:
-        """Take a response; return what it says. Raises AgentError for a task that ended badly."""
+        """Take a response; return what it says. Raises AgentError for one that says nothing."""
         outputs: list[AgentOutput] = []
         match response.WhichOneof("payload"):
             case "message":
@@ -111,8 +113,10 @@ class Updates:
             case "task":
                 task = response.task
                 self._remember(task.id, task.context_id, outputs)
-                for artifact in task.artifacts:
-                    self._say_snapshot(artifact, task.status.state in _ENDED, outputs)
+                # What a cancelled task has left is half of something that is begun again, or was said before.
+                if task.status.state != TaskState.TASK_STATE_CANCELED:
+                    for artifact in task.artifacts:
+                        self._say_snapshot(artifact, task.status.state in _ENDED, outputs)
                 self._take_status(task.status, outputs)
             case "status_update":
                 update = response.status_update
@@ -134,14 +138,16 @@ class Updates:
         self.task_id = task_id or self.task_id
         self.context_id = context_id or self.context_id
         self.task_is_open = self.task_is_open or self.task_id is not None
-        to_know = {"taskId": self.task_id, "contextId": self.context_id, "turn": self._turn, "url": self._url}
+        to_know = {"taskId": self.task_id, "contextId": self.context_id, "turn": self._turn, "url": self._options.url}
         if self._logged != to_know and (self.task_id or self.context_id):
             self._logged = to_know
             what = f"task {self.task_id}" if self.task_id else f"context {self.context_id}"
             outputs.append(Log(f"{self._agent}: {what}", type=TASK_LOG, metadata=to_know))
 
     def _garbled(self) -> AgentError:
-        return AgentError(f"What the agent at {self._host} sent is not of the A2A protocol.", "AGENT_PROTOCOL_ERROR")
+        return AgentError(
+            f"What the agent at {self._options.host} sent is not of the A2A protocol.", "AGENT_PROTOCOL_ERROR"
+        )
 
     # Status
 
@@ -156,6 +162,8 @@ class Updates:
         message = status.message
         text = text_of(message.parts, "\n").strip()
         others = other_than_text(message.parts)
+        self.failure = self._failure_of(state, text)
+        self.settled = self.failure is not None
         match state:
             case TaskState.TASK_STATE_COMPLETED:
                 self._finish(outputs)
@@ -168,21 +176,23 @@ class Updates:
                 self.question = text[:_MAX_STATUS_CHARACTERS] or "The agent asks for input."
                 self.question_metadata = self._about(message)
                 self.settled = True
-            case TaskState.TASK_STATE_AUTH_REQUIRED:
-                why = f": {quoted(text)}" if text else ""
-                advice = "Authenticate there, or check api_key_env and headers_env; then continue the run."
-                raise AgentError(f"{self._agent} wants an authentication{why}. {advice}", "AGENT_LOGIN_REQUIRED")
-            case TaskState.TASK_STATE_FAILED:
-                why = f": {quoted(text)}" if text else " and does not say why"
-                raise AgentError(f"{self._agent} failed{why}.", "AGENT_FAILED")
-            case TaskState.TASK_STATE_REJECTED:
-                why = f": {quoted(text)}" if text else " and does not say why"
-                raise AgentError(f"{self._agent} refused the task{why}. Say it differently.", "AGENT_REFUSED")
-            case TaskState.TASK_STATE_CANCELED:
-                why = f": {quoted(text)}" if text else ""
-                raise TaskCanceled(f"{self._agent} cancelled the task{why}. Try again.", "AGENT_TASK_CANCELED")
-            case _ if (text or others) and not told:
+            case _ if self.failure is None and (text or others) and not told:
                 self._log_status(word, text, message, outputs)
+
+    def _failure_of(self, state: int, text: str) -> AgentError | None:
+        """Return how the turn fails with a task in this state."""
+        why = f": {self._options.quoted(text)}." if text else ", and does not say why."
+        match state:
+            case TaskState.TASK_STATE_AUTH_REQUIRED:
+                advice = "Authenticate there, or check api_key_env and headers_env; then continue the run."
+                return AgentError(f"{self._agent} wants an authentication{why} {advice}", "AGENT_LOGIN_REQUIRED")
+            case TaskState.TASK_STATE_FAILED:
+                return AgentError(f"{self._agent} failed{why} Try again.", "AGENT_TASK_FAILED")
+            case TaskState.TASK_STATE_REJECTED:
+                return AgentError(f"{self._agent} refused the task{why} Say it differently.", "AGENT_REFUSED")
+            case TaskState.TASK_STATE_CANCELED:
+                return TaskCanceled(f"{self._agent} cancelled the task{why} Try again.", "AGENT_TASK_CANCELED")
+        return None
 
     def _log_status(self, word: str, text: str, message: RemoteMessage, outputs: list[AgentOutput]) -> None:
         metadata = {"state": word} | self._about(message)
