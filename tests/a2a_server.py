@@ -14,6 +14,7 @@ from a2a.server.routes import create_agent_card_routes, create_jsonrpc_routes, c
 from a2a.server.tasks import InMemoryTaskStore, TaskUpdater
 from a2a.types import AgentCapabilities, AgentCard, AgentInterface, Message
 from starlette.applications import Starlette
+from starlette.routing import BaseRoute
 
 Script = Callable[["Remote", RequestContext, TaskUpdater], Awaitable[None]]
 
@@ -84,7 +85,7 @@ async def serving(remote: Remote, *, streaming: bool = True, binding: str = "JSO
     card = card_at(f"{url}/a2a", streaming=streaming, binding=binding)
     handler = DefaultRequestHandler(remote, InMemoryTaskStore(), card)
     if binding == "JSONRPC":
-        calls = [*create_jsonrpc_routes(handler, "/a2a")]
+        calls: list[BaseRoute] = [*create_jsonrpc_routes(handler, "/a2a")]
     else:
         calls = [*create_rest_routes(handler, path_prefix="/a2a")]
     app = Starlette(routes=[*create_agent_card_routes(card), *calls])

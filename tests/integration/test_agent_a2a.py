@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from a2a.helpers.proto_helpers import new_data_part, new_raw_part, new_text_part, new_url_part
@@ -430,7 +430,7 @@ async def lose(agent: A2AAgent) -> tuple[AsyncGenerator[AgentSays], Log]:
     async for output in outputs:
         said = output if isinstance(output, tuple) else (output,)
         if logs := [each for each in said if isinstance(each, Log) and each.type == "a2a_task"]:
-            return cast("AsyncGenerator[AgentSays]", outputs), logs[0]
+            return outputs, logs[0]
     raise AssertionError
 
 
