@@ -64,30 +64,32 @@ class Remote(AgentExecutor):
         await self.queue.enqueue_event(new_text_message(text, context_id=context.context_id))
 
 
-def card_at(url: str, *, streaming: bool = True, binding: str = "JSONRPC") -> AgentCard:
+def card_at(url: str, *, streaming: bool, binding: str, version: str) -> AgentCard:
     """The card of an agent at this address."""
     return AgentCard(
         name="remote",
         description="does as a test says",
         version="1",
         capabilities=AgentCapabilities(streaming=streaming),
-        supported_interfaces=[AgentInterface(url=url, protocol_binding=binding, protocol_version="1.0")],
+        supported_interfaces=[AgentInterface(url=url, protocol_binding=binding, protocol_version=version)],
         default_input_modes=["text/plain"],
         default_output_modes=["text/plain"],
     )
 
 
 @asynccontextmanager
-async def serving(remote: Remote, *, streaming: bool = True, binding: str = "JSONRPC") -> AsyncIterator[str]:
+async def serving(
+    remote: Remote, *, streaming: bool = True, binding: str = "JSONRPC", version: str = "1.0"
+) -> AsyncIterator[str]:
     """Serve the agent; gives its base URL."""
     listening = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    card = card_at(f"{url}/a2a", streaming=streaming, binding=binding)
+    card = card_at(f"{url}/a2a", streaming=streaming, binding=binding, version=version)
     handler = DefaultRequestHandler(remote, InMemoryTaskStore(), card)
     if binding == "JSONRPC":
-        calls: list[BaseRoute] = [*create_jsonrpc_routes(handler, "/a2a")]
+        calls: list[BaseRoute] = [*create_jsonrpc_routes(handler, "/a2a", enable_v0_3_compat=True)]
     else:
-        calls = [*create_rest_routes(handler, path_prefix="/a2a")]
+        calls = [*create_rest_routes(handler, path_prefix="/a2a", enable_v0_3_compat=True)]
     app = Starlette(routes=[*create_agent_card_routes(card), *calls])
     config = uvicorn.Config(app, log_config=None, lifespan="off", ws="none", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)

@@ -176,6 +176,8 @@ class Connection:
         # One for all who wait: where the agent hangs they are not to wait for each other's time limits.
         if self._reading is None or self._reading.done():
             self._reading = asyncio.create_task(self._read_card())
+            # Perhaps nobody waits any more when it fails.
+            self._reading.add_done_callback(lambda reading: reading.cancelled() or reading.exception())
         return await asyncio.shield(self._reading)
 
     async def _read_card(self) -> Client:
@@ -189,7 +191,11 @@ class Connection:
     def _client_of(self, card: AgentCard) -> Client:
         options = self._options
         bindings = _BINDINGS if options.protocol_binding is None else [options.protocol_binding]
-        usable = [interface for interface in card.supported_interfaces if interface.protocol_binding in bindings]
+        usable = [
+            interface
+            for interface in card.supported_interfaces
+            if interface.protocol_binding in bindings and interface.url.startswith(("http://", "https://"))
+        ]
         if not usable:
             there = ", ".join(sorted({interface.protocol_binding[:40] for interface in card.supported_interfaces}))
             message = (
@@ -197,14 +203,15 @@ class Connection:
                 f"spoken here: {', '.join(bindings)}."
             )
             raise AgentError(message, "AGENT_CARD_INVALID")
-        if options.headers():
-            for interface in usable:
-                if not options.may_see_secrets(interface.url):
-                    message = (
-                        f"The card of the agent at {options.host} sends its callers to {interface.url[:200]!r}, which "
-                        "is not to see their credentials. If it may, name its host in secrets_hosts, by https."
-                    )
-                    raise AgentError(message, "AGENT_CARD_INVALID")
+        allowed = [each for each in usable if not options.headers() or options.may_see_secrets(each.url)]
+        if not allowed:
+            message = (
+                f"The card of the agent at {options.host} sends its callers to {usable[0].url[:200]!r}, which is "
+                "not to see their credentials. If it may, name its host in secrets_hosts; by http only where url is."
+            )
+            raise AgentError(message, "AGENT_CARD_INVALID")
+        del card.supported_interfaces[:]
+        card.supported_interfaces.extend(allowed)
         config = ClientConfig(
             streaming=options.streaming, httpx_client=self._http, supported_protocol_bindings=list(bindings)
         )

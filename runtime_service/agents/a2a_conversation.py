@@ -40,17 +40,20 @@ async def converse(connection: Connection, options: A2AOptions, turn: TurnContex
         else:
             responses = _send(connection, updates, turn.input, message_id)
         while True:
-            gone = False
+            gone: AgentError | None = None
             try:
                 async with aclosing(_outputs(connection, updates, responses)) as outputs:
                     async for said in outputs:
                         yield said
-            except (TaskUnknown, TaskCanceled):
+            except (TaskUnknown, TaskCanceled) as error:
                 if not lost:
                     raise
-                gone = True
-            if gone:
+                gone = error
+            if gone is not None:
                 updates.begin_again()
+                if isinstance(gone, TaskCanceled):
+                    # Under its old id the message might be answered with the task that was cancelled.
+                    message_id = uuid.uuid4().hex
                 yield Log("The agent's task is gone; it is asked again.", LogLevel.WARN, "status", {"taskId": lost})
                 responses = _send(connection, updates, turn.input, message_id)
             elif updates.question is None:

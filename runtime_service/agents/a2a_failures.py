@@ -58,12 +58,12 @@ def failure_of(error: Exception, options: A2AOptions, *, begun: bool = False) ->
     for cause in causes:
         if isinstance(cause, httpx.HTTPStatusError):
             return _of_status(cause.response.status_code, agent, options, isinstance(error, AgentCardResolutionError))
-        if isinstance(cause, httpx.ConnectError | httpx.ConnectTimeout):
+        if isinstance(cause, httpx.ConnectError | httpx.ConnectTimeout) and not begun:
             return AgentError(f"{agent} cannot be reached. Check that it runs, and url.", "AGENT_UNREACHABLE")
+        if isinstance(cause, httpx.NetworkError | httpx.ProtocolError | httpx.ConnectTimeout):
+            return cut(options) if begun else _gone(agent)
         if isinstance(cause, httpx.TimeoutException | TimeoutError):
             return silent(options)
-        if isinstance(cause, httpx.NetworkError | httpx.ProtocolError):
-            return cut(options) if begun else _gone(agent)
     if isinstance(error, InternalError) or (isinstance(error, A2AError) and error.message.startswith("JSON-RPC Error")):
         return AgentError(f"{agent} failed: {options.quoted(error.message)}. Try again later.", "AGENT_ERROR")
     if isinstance(error, AgentCardResolutionError):

@@ -139,7 +139,9 @@ class Updates:
         self.context_id = context_id or self.context_id
         self.task_is_open = self.task_is_open or self.task_id is not None
         to_know = {"taskId": self.task_id, "contextId": self.context_id, "turn": self._turn, "url": self._options.url}
-        if self._logged != to_know and (self.task_id or self.context_id):
+        if self.task_id is None and self.context_id == self._logged.get("contextId"):
+            return
+        if self._logged != to_know:
             self._logged = to_know
             what = f"task {self.task_id}" if self.task_id else f"context {self.context_id}"
             outputs.append(Log(f"{self._agent}: {what}", type=TASK_LOG, metadata=to_know))
@@ -211,7 +213,7 @@ class Updates:
 
     def _say_chunk(self, artifact: Artifact, append: bool, last: bool, outputs: list[AgentOutput]) -> None:
         """Say a piece of an artifact, or a new artifact in place of what had its id."""
-        characters, others = self._told.get(artifact.artifact_id, (0, 0)) if append else (0, 0)
+        characters, others = self._told_of(artifact) if append else (0, 0)
         if not append:
             self._finish(outputs)
         text = text_of(artifact.parts)
@@ -223,7 +225,7 @@ class Updates:
         """Say of an artifact what was not said yet."""
         text = text_of(artifact.parts)
         other = other_than_text(artifact.parts)
-        characters, others = self._told.get(artifact.artifact_id, (0, 0))
+        characters, others = self._told_of(artifact)
         if characters > len(text) or others > len(other):
             characters = others = 0  # it is another one by now
         self._note_told(artifact.artifact_id, len(text), len(other))
@@ -232,7 +234,8 @@ class Updates:
     def _say_artifact(
         self, artifact: Artifact, text: str, other: list[RemotePart], outputs: list[AgentOutput], *, whole: bool
     ) -> None:
-        metadata: dict[str, Any] = {"taskId": self.task_id, "artifactId": artifact.artifact_id[:MAX_NAME_CHARACTERS]}
+        metadata: dict[str, Any] = {"taskId": self.task_id} if self.task_id else {}
+        metadata["artifactId"] = artifact.artifact_id[:MAX_NAME_CHARACTERS]
         if artifact.name:
             metadata["name"] = artifact.name[:MAX_NAME_CHARACTERS]
         if artifact.description:
@@ -248,7 +251,11 @@ class Updates:
             name = metadata.get("name", "artifact")
             outputs.append(Log(f"{name}: {said_of(parts)}", LogLevel.INFO, "artifact", metadata | {"parts": parts}))
 
+    def _told_of(self, artifact: Artifact) -> tuple[int, int]:
+        return self._told.get(artifact.artifact_id[:MAX_NAME_CHARACTERS], (0, 0))
+
     def _note_told(self, artifact_id: str, characters: int, others: int) -> None:
+        artifact_id = artifact_id[:MAX_NAME_CHARACTERS]
         self._told.pop(artifact_id, None)
         self._told[artifact_id] = (characters, others)
         if len(self._told) > _MAX_ARTIFACTS:

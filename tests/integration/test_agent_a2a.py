@@ -11,6 +11,7 @@ from a2a.server.agent_execution import RequestContext
 from a2a.server.tasks import TaskUpdater
 from a2a.types import Role, TaskState
 
+from runtime_service.agent_events import event_from, size_of
 from runtime_service.agents import (
     AgentError,
     AgentOutput,
@@ -38,11 +39,14 @@ def turn_with(text: str = "hi", surroundings: GivenSurroundings | None = None, *
 
 
 async def outputs_of(agent: A2AAgent, turn: TurnContext | None = None) -> list[AgentOutput]:
-    """What an agent says in a turn."""
+    """What an agent says in a turn; all of it can be stored."""
     said: list[AgentOutput] = []
     async with aclosing(agent.run(turn or turn_with())) as outputs:
         async for output in outputs:
             said += output if isinstance(output, tuple) else (output,)
+    for each in said:
+        if not isinstance(each, Delta):
+            size_of(event_from(each))
     return said
 
 
@@ -52,12 +56,13 @@ def with_agent(
     *,
     streaming: bool = True,
     binding: str = "JSONRPC",
+    version: str = "1.0",
     **options: Any,
 ) -> None:
     """Run `check` with an agent whose remote one is served."""
 
     async def main() -> None:
-        async with serving(remote, streaming=streaming, binding=binding) as url:
+        async with serving(remote, streaming=streaming, binding=binding, version=version) as url:
             agent = A2AAgent(A2AOptions(url, **options))
             try:
                 await check(agent)
@@ -152,10 +157,11 @@ def test_a2a_agent_says_a_message(binding: str, streaming: bool) -> None:
     assert set(message.metadata or {}) == {"messageId"}
 
 
+@pytest.mark.parametrize("version", ["1.0", "0.3"])
 @pytest.mark.parametrize("binding", ["JSONRPC", "HTTP+JSON"])
-def test_a2a_agent_streams_an_artifact(binding: str) -> None:
+def test_a2a_agent_streams_an_artifact(binding: str, version: str) -> None:
     """The pieces of an artifact are deltas, the last one ends the message; a status message is a log."""
-    status, *said = answer_of(count, binding=binding)
+    status, *said = answer_of(count, binding=binding, version=version)
     assert isinstance(status, Log)
     assert (status.content, status.type, (status.metadata or {})["state"]) == ("counting", "status", "working")
     metadata = {"taskId": (status.metadata or {})["taskId"], "artifactId": "a", "name": "numbers"}
@@ -262,6 +268,23 @@ def test_a2a_agent_does_not_say_the_last_artifact_again() -> None:
         await task.complete(task.new_agent_message([new_text_part("42")]))
 
     assert messages_of(answer_of(script)) == ["42"]
+
+
+def test_a2a_agent_makes_no_event_that_is_too_large() -> None:
+    """The longest text, of the longest characters, with the most metadata fits an event."""
+
+    async def script(remote: Remote, context: RequestContext, task: TaskUpdater) -> None:
+        await remote.begin_task(context)
+        text, metadata, data = "\U0001f600" * 400_000, {"k": "\x01" * 16_000}, new_data_part("\x01" * 300)
+        files = [new_url_part("https://e.com/\x01", "\x01" * 300, "\x01" * 300)] * 60
+        parts = [new_text_part(text), *[data] * 40, *files]
+        await task.add_artifact(parts, "\x01" * 1_000, "\x01" * 1_000, metadata, last_chunk=True)
+        await task.start_work(task.new_agent_message(parts, metadata))
+        await task.complete(task.new_agent_message([new_text_part(text + "."), *parts[1:]], metadata))
+
+    said = answer_of(script)
+    assert sum(message.count("\U0001f600") for message in messages_of(said)) == 800_000
+    assert len(logs_of(said, "artifact")) == len(logs_of(said, "status")) == 1
 
 
 @pytest.mark.parametrize("streaming", [True, False])
@@ -507,7 +530,9 @@ def test_a2a_agent_sends_again_what_its_stopped_runtime_cancelled() -> None:
         surroundings = GivenSurroundings(logs={"a2a_task": kept})
         said = await outputs_of(agent, turn_with("hi", surroundings, attempt=2))
         assert messages_of(said) == ["first, then"]
-        assert [message.message_id for message in remote.heard] == ["run-1", "run-1"]
+        first, second = remote.heard
+        assert (second.parts[0].text, second.context_id) == (first.parts[0].text, first.context_id)
+        assert second.message_id != first.message_id
 
     with_agent(remote, check)
 
