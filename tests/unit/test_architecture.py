@@ -15,6 +15,7 @@ LAYERS = [
     ["runs", "errors"],
     ["agents", "store"],
     ["registry", "live_run", "agent_events", "retention", "validation"],
+    ["agent_check"],
     ["event_log"],
     ["speech"],
     ["execution"],
