@@ -16,7 +16,6 @@ from runtime_service.agents import (
     AgentError,
     AgentOutput,
     Answer,
-    AnsweredBy,
     Delta,
     Finding,
     HistoryMessage,
@@ -27,6 +26,7 @@ from runtime_service.agents import (
     TurnContext,
 )
 from runtime_service.errors import shown
+from runtime_service.questions import QuestionSettings
 from runtime_service.registry import Server
 from runtime_service.runs import EventRole, new_run_id
 
@@ -181,11 +181,11 @@ class _Turn:
     async def ask(
         self, question: str, options: Sequence[Option], tool_kind: str | None, metadata: Mapping[str, Any] | None
     ) -> Answer:
-        """Nobody answers."""
+        """Nobody answers: a permission is denied, whatever the settings of the server would allow."""
         self.has_asked = True
         names = ", ".join(option.name for option in options)
         self._find(f"It asks: {shown(question)}{f' ({names})' if names else ''}; nobody answers in a check.")
-        return Answer(AnsweredBy.TIME_LIMIT)
+        return QuestionSettings().time_out(options)
 
 
 def _raised(error: BaseException) -> str:

@@ -18,6 +18,7 @@ import msgspec
 
 from runtime_service.agents import Agent
 from runtime_service.errors import ServerNotFound, shown
+from runtime_service.questions import QuestionSettings
 
 AGENT_RUNTIME = "agent_runtime"
 AGENT_KINDS: dict[str, str] = {
@@ -29,7 +30,7 @@ AGENT_KINDS: dict[str, str] = {
 """Each kind of agent that is built in, and its class, imported when a server names it."""
 
 PLUGINS = "acp_gateway.agents"
-"""The group of entry points by which other packages offer kinds of agents: the name is the kind, the value its class."""
+"""The group of entry points by which other packages offer kinds: the name is the kind, the value its class."""
 
 
 class _ServerTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -40,6 +41,7 @@ class _ServerTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     agent_runtime: str | None = None
     turn_timeout_seconds: Annotated[float, msgspec.Meta(gt=0, le=604_800)] = 3_600
     repeatable: bool = True
+    questions: QuestionSettings = QuestionSettings()
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -53,7 +55,8 @@ class ConfigurationError(Exception):
 class Server(msgspec.Struct, frozen=True):
     """An agent runtime: `agent` executes its turns, at most `turn_timeout_seconds` each.
 
-    Where it is not `repeatable`, no turn is begun a second time, whatever the agent says of itself.
+    Where it is not `repeatable`, no turn is begun a second time, whatever the agent says of itself. `questions` says
+    what becomes of what the agent asks.
     """
 
     id: str
@@ -61,6 +64,7 @@ class Server(msgspec.Struct, frozen=True):
     agent: Agent
     turn_timeout_seconds: float
     repeatable: bool = True
+    questions: QuestionSettings = QuestionSettings()
 
     @property
     def may_repeat(self) -> bool:
@@ -160,7 +164,7 @@ def _make_server(where: str, server_id: str, table: _ServerTable, plugins: Entry
         agent: Agent = kind(msgspec.convert(table.options, kind.Options))  # type: ignore[call-arg]
     except (msgspec.ValidationError, ValueError) as error:
         raise ConfigurationError(f"{where}: options: {error}.") from error
-    return Server(server_id, table.organization, agent, table.turn_timeout_seconds, table.repeatable)
+    return Server(server_id, table.organization, agent, table.turn_timeout_seconds, table.repeatable, table.questions)
 
 
 def _load_kind(where: str, name: str, plugins: list[EntryPoint]) -> type[Agent]:
