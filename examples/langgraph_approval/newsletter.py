@@ -3,8 +3,8 @@
     acp-gateway up --servers examples/langgraph_approval/servers.toml
 
 The first half is LangGraph's own: a graph that drafts a newsletter, shows it, and revises it until its reader is
-content. The second half, `write_newsletter`, is all that the gateway needs: what the graph streams becomes deltas, a step
-becomes a log entry, and the value of an `interrupt` is asked with `turn.ask`, whose answer resumes the graph.
+content. The second half, `write_newsletter`, is all that the gateway needs: what the graph streams becomes deltas, a
+step becomes a log entry, and the value of an `interrupt` is asked with `turn.ask`, whose answer resumes the graph.
 
 No account is needed: rules stand where a model would. A checkpoint lives as long as the turn; what was said in earlier
 turns comes from `turn.history()`, so a run goes on after a restart, and on another machine.
@@ -80,8 +80,8 @@ async def write_newsletter(turn: TurnContext) -> AsyncGenerator[Delta | Log | Me
     config = RunnableConfig(configurable={"thread_id": turn.run_id})
     while step is not None:
         question: str | None = None
-        async for mode, chunk in graph.astream(step, config, stream_mode=["custom", "updates"]):
-            if mode == "custom":
+        async for _, chunk in graph.astream(step, config, stream_mode=["custom", "updates"]):
+            if isinstance(chunk, str):  # what a node writes; else what the nodes have changed
                 yield Delta(chunk)
                 continue
             for node, update in chunk.items():

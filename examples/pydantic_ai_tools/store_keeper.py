@@ -5,8 +5,8 @@
 Without an account a few rules play the model. STORE_KEEPER_MODEL names a real one, such as `openai:gpt-5-mini`; its key
 is then where pydantic-ai looks for it (OPENAI_API_KEY).
 
-What is pydantic-ai's own is the first half: the agent, its tools, `requires_approval`. The second half, `keep_store`, is
-all that the gateway needs: the history goes in, events come out, and an approval becomes a question to the caller.
+The first half is pydantic-ai's own: the agent, its tools, `requires_approval`. The second half, `keep_store`, is all
+that the gateway needs: the history goes in, events come out, and an approval becomes a question to the caller.
 """
 
 import os
@@ -25,7 +25,6 @@ from pydantic_ai import (
     ModelResponse,
     PartDeltaEvent,
     PartStartEvent,
-    RetryPromptPart,
     RunUsage,
     TextPart,
     TextPartDelta,
@@ -57,7 +56,7 @@ async def rules(messages: list[ModelMessage], info: AgentInfo) -> AsyncIterator[
             return
         said = f"I can count and order {', '.join(STOCK)}."
     else:
-        said = str(part.content)
+        said = part.model_response_str() if isinstance(part, ToolReturnPart) else "I cannot do that."
     for word in re.findall(r"\S+\s*", said):
         yield word
 
@@ -146,6 +145,5 @@ def _as_model_message(message: HistoryMessage) -> ModelMessage:
     return ModelResponse([TextPart(message.content)])
 
 
-def _as_tool_result(part: ToolReturnPart | RetryPromptPart) -> ToolResult:
-    failed = isinstance(part, RetryPromptPart) or part.outcome != "success"
-    return ToolResult(part.tool_name or "", part.model_response_str(), part.tool_call_id, failed)
+def _as_tool_result(part: ToolReturnPart) -> ToolResult:
+    return ToolResult(part.tool_name, part.model_response_str(), part.tool_call_id, failed=part.outcome != "success")
