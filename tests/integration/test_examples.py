@@ -172,7 +172,9 @@ def test_pydantic_ai_words_before_a_call_are_a_message(tmp_path: Path, monkeypat
 
     async def main() -> None:
         async with serving(tmp_path, servers=example("pydantic_ai_tools")) as stack:
-            turns = iter([["Let me look.", {1: DeltaToolCall("count", '{"thing": "sugar"}')}], ["I cannot."]])
+            turns: Iterator[list[Any]] = iter(
+                [["Let me look.", {1: DeltaToolCall("count", '{"thing": "sugar"}')}], ["I cannot."]]
+            )
 
             async def speaking(messages: list[Any], info: object) -> AsyncIterator[str | DeltaToolCalls]:
                 for each in next(turns):
