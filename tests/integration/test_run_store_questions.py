@@ -512,6 +512,8 @@ def test_read_latest_log_finds_the_newest_of_its_type(stores: Stores) -> None:
         found = await latest("session")
         assert found is not None
         assert (found.content, found.turn, found.metadata) == ("four", 2, b'{"id":1.50}')
+        assert await store.read_latest_log(run.id, "session", found.sequence - 1) == found
+        assert await store.read_latest_log(run.id, "session", found.sequence) is None
         assert (await latest("plan"), await latest("none"), await latest("session", "run_none")) == (
             (await log_of(store, run.id))[2],
             None,
