@@ -150,7 +150,7 @@ def read_events(db: apsw.Connection, run_id: str, after: int, limit: int, limit_
 
 
 def latest_log(db: apsw.Connection, run_id: str, log_type: str, after: int) -> RunEvent | None:
-    """Return the newest event of the run's execution log with this type."""
+    """Return the newest event of a type behind a sequence."""
     row = execute(db, "latest_log", (run_id, log_type, after)).fetchone()
     if row is None:
         return None
