@@ -71,7 +71,7 @@ class Call:
         self._asked_at = now
         self._error: ApiError | None = None
         self._resumed = False
-        self._run_state: tuple[int, int] | None = None
+        self._run_state: tuple[int, int, int] | None = None
         self._taken = 0  # run updates that were not acknowledged yet
         self._waiter: asyncio.Future[None] | None = None
 
@@ -129,7 +129,7 @@ class Call:
             if news.events:
                 self.last_sequence = news.events[-1].sequence
             if news.HasField("run"):
-                self._run_state = (news.run.turn, news.run.status)
+                self._run_state = _state(news)
         elif result == "cancel_run" and self._asked_again:
             update.cancel_run.replayed = False
         if result is not None:
@@ -198,10 +198,15 @@ class Call:
                 break
             known += 1
         del news.events[:known]
-        if news.HasField("run") and (news.run.turn, news.run.status) == self._run_state:
+        if news.HasField("run") and _state(news) == self._run_state:
             news.ClearField("run")
             news.ClearField("thread")
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+def _state(news: rpc.RunUpdate) -> tuple[int, int, int]:
+    """Return what a follower is told of a run when it changes."""
+    return news.run.turn, news.run.status, news.thread.status

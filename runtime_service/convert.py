@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from protos.acp.runs.v1 import run_pb2 as pb
 from protos.acp.runs.v1 import run_service_pb2 as rpc
 from runtime_service.live_run import Delta, Update
-from runtime_service.runs import EventRole, LogLevel, Run, RunEvent, RunMode, RunStatus
+from runtime_service.runs import TERMINAL, EventRole, LogLevel, Run, RunEvent, RunMode, RunStatus
 
 if TYPE_CHECKING:
     from google.protobuf.internal.containers import RepeatedCompositeFieldContainer as MessageList
@@ -48,6 +48,8 @@ def fill_run(message: pb.Run, run: Run, session_protocol: str) -> None:
     message.input = turn.input
     message.session_protocol = session_protocol
     message.turn_first_sequence = turn.first_sequence
+    if run.question is not None and run.question.is_open:
+        message.question_sequence = run.question.sequence
     if run.title:
         message.title = run.title
     if turn.output:
@@ -65,7 +67,8 @@ def fill_run(message: pb.Run, run: Run, session_protocol: str) -> None:
 def fill_thread(message: pb.Thread, run: Run) -> None:
     """Put the run's thread into an empty message."""
     message.id = run.thread_id
-    message.status = _THREAD_STATUS[run.turn.status]
+    asks = run.is_asking and run.turn.status not in TERMINAL
+    message.status = pb.THREAD_STATUS_PERMISSION_ASKED if asks else _THREAD_STATUS[run.turn.status]
     message.message_count = run.message_count
     message.created_at_unix_ms = run.created_at_ms
     message.updated_at_unix_ms = run.updated_at_ms

@@ -148,7 +148,7 @@ class EventLog:
             timer = loop.call_at(deadline, expire)
         cursor = after
         drafts = DraftCursor()
-        told: tuple[int, RunStatus] | None = None
+        told: tuple[int, RunStatus, bool] | None = None
         try:
             while True:
                 woken.clear()
@@ -166,15 +166,15 @@ class EventLog:
                     if not events:
                         break
                     cursor = events[-1].sequence
-                    state = (view.turn.number, view.status)
+                    state = _state(view)
                     last = over and cursor >= end
                     yield Update(view if last or state != told else None, events)
                     told = state
                     if last:
                         return
-                if over or told != (view.turn.number, view.status):
+                if over or told != _state(view):
                     yield Update(view)
-                    told = (view.turn.number, view.status)
+                    told = _state(view)
                 if over:
                     return
                 if options.deltas and (delta := drafts.advance(live.draft)) is not None:
@@ -189,18 +189,23 @@ class EventLog:
             self._forget_if_idle(run.id, live)
 
     async def collect(
-        self, run: Run, send: Callable[[Update], Awaitable[None]], wait_seconds: float | None = None
+        self,
+        run: Run,
+        after: int,
+        send: Callable[[Update], Awaitable[None]],
+        wait_seconds: float | None = None,
     ) -> None:
-        """Wait until the turn that `run` shows is over or the time is, then send its events, seldom in pieces.
+        """Wait until the turn that `run` shows is over or asks, or the time is over; send its events then.
 
-        The first and the last update have the run as it was then. Raises Draining when this process stops first.
+        Those behind the sequence `after`, seldom in pieces. The first and the last update have the run as it was then.
+        Raises Draining when this process stops first.
         (Sent, not yielded: for a short run the generators on the way cost as much as the rest of it.)
         """
         live = self.hold(run.id)
         number = run.turn.number
         try:
             view = await self._view_at_end(live, run, wait_seconds)
-            cursor = run.turn.first_sequence - 1
+            cursor = after
             end = view.last_sequence if view.status in TERMINAL else max(view.last_sequence, live.last_sequence)
             first = True
             while cursor < end:
@@ -219,7 +224,7 @@ class EventLog:
             self.let_go(run.id)
 
     async def _view_at_end(self, live: LiveRun, run: Run, wait_seconds: float | None) -> Run:
-        """Return the run showing its turn once that is over, or as it is when the time is."""
+        """Return the run showing its turn once that is over or asks, or as it is when the time is."""
         number = run.turn.number
         deadline = None if wait_seconds is None else asyncio.get_running_loop().time() + wait_seconds
         expired = False
@@ -228,7 +233,7 @@ class EventLog:
             if self._closed:
                 raise Draining
             self._see_to_feed(live, view)
-            if expired or view.status in TERMINAL:
+            if expired or view.status in TERMINAL or (view.is_asking and view.status is RunStatus.RUNNING):
                 return view
             expired = await live.wait_for_end(deadline)
 
@@ -288,6 +293,11 @@ class EventLog:
             if live.feed is not None and live.feed.task is asyncio.current_task():
                 live.feed = None
         live.doubt()
+
+
+def _state(view: Run) -> tuple[int, RunStatus, bool]:
+    """Return what followers are told of when it changes."""
+    return view.turn.number, view.status, view.is_asking
 
 
 def _show_instead(live: LiveRun, old: Draft | None, new: Draft | None) -> None:

@@ -8,15 +8,28 @@ Knows agents, the store and the event log; not who started it.
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from runtime_service.agent_events import storable
-from runtime_service.agents import AgentError, AgentOutput, AgentSays, Delta, HistoryMessage, Message, TurnContext
+from runtime_service.agents import (
+    AgentError,
+    AgentOutput,
+    AgentSays,
+    Answer,
+    Delta,
+    HistoryMessage,
+    Log,
+    Message,
+    Option,
+    TurnContext,
+)
+from runtime_service.asking import Asked, Asking
 from runtime_service.errors import StoreUnavailable
 from runtime_service.live_run import LiveRun
+from runtime_service.questions import decision_log
 from runtime_service.registry import Server
 from runtime_service.runs import EventDraft, LogLevel, Run, RunStatus
 from runtime_service.speech import Speech
@@ -51,6 +64,7 @@ class Execution:
         self._loop = asyncio.get_running_loop()
         self._live = live
         self._speech = Speech(live, run.last_sequence)
+        self._asking = Asking(run, server.questions, store, self._begin_flush, publish)
         self._step_planned = False
         self._held = 0
         self._unheld: asyncio.Future[None] | None = None
@@ -74,6 +88,7 @@ class Execution:
             log.info("turn %s of %s was settled or claimed elsewhere", self.run.turn.number, self.run.id)
         finally:
             self._lost = True
+            self._asking.close()
             if self._draft_timer is not None:
                 self._draft_timer.cancel()
 
@@ -85,6 +100,10 @@ class Execution:
     def log_grew(self, last_sequence: int) -> None:
         """Learn the newest sequence of the run's log."""
         self._speech.log_grew(last_sequence)
+
+    def look_for_answer(self) -> None:
+        """Learn that the question that this turn asks may have been answered."""
+        self._asking.look()
 
     def hold(self) -> tuple[list[EventDraft], str | None]:
         """Begin no write until `resume` or `take_rest`; return what is not stored yet, and the output so far."""
@@ -176,7 +195,7 @@ class Execution:
             server_id=run.server_id,
             turn=run.turn.number,
             attempt=run.turn.attempt,
-            read_history=self._read_history,
+            surroundings=self,
         )
         self._task = asyncio.current_task()
         try:
@@ -231,12 +250,32 @@ class Execution:
             # An agent that only streams: the end of the turn is the end of its message.
             self._add(Message(speech.draft.text))
 
-    async def _read_history(self) -> list[HistoryMessage]:
+    # What surrounds the agent
+
+    async def history(self) -> list[HistoryMessage]:
+        """Return the messages of the earlier turns."""
         number = self.run.turn.number
         if number == 1:
             return []
         messages = await self._store.read_messages(self.run.id, number, _HISTORY_MESSAGES)
         return [HistoryMessage(role, content) for role, content in messages]
+
+    async def latest_log(self, log_type: str) -> Log | None:
+        """Return the newest log entry of a type, as far as it is stored."""
+        event = await self._store.read_latest_log(self.run.id, storable(log_type))
+        if event is None:
+            return None
+        metadata = None if event.metadata is None else json.loads(event.metadata)
+        return Log(event.content, event.log_level or LogLevel.INFO, event.log_type, metadata)
+
+    async def ask(
+        self, question: str, options: Sequence[Option], tool_kind: str | None, metadata: Mapping[str, Any] | None
+    ) -> Answer:
+        """Ask the caller, unless the server's settings decide."""
+        if (decided := self._server.questions.decide(options, tool_kind)) is not None:
+            self._add(decision_log(question, options, tool_kind, decided))
+            return decided
+        return await self._asking.ask(question, options, tool_kind, metadata)
 
     def _add(self, output: AgentOutput) -> None:
         if self._lost:
@@ -281,8 +320,12 @@ class Execution:
             self._speech.saved_parts = 0
 
     def _begin_flush(self) -> None:
-        if self._speech.pending and self._flushing is None and self._may_flush():
+        if self._is_to_store and self._flushing is None and self._may_flush():
             self._flushing = asyncio.create_task(self._flush())
+
+    @property
+    def _is_to_store(self) -> bool:
+        return bool(self._speech.pending) or self._asking.waits_to_be_stored
 
     def _may_flush(self) -> bool:
         return not (self._lost or self._held or self._settling)
@@ -291,16 +334,22 @@ class Execution:
         """Store what is pending until nothing is; one commit is under way at a time."""
         speech = self._speech
         try:
-            while speech.pending and self._may_flush():
+            while self._is_to_store and self._may_flush():
+                self._read_pieces()
                 events = speech.send_pending()
+                asked = self._asking.take()
                 try:
-                    change = await self._store.append_events(self._key, events)
+                    change = await self._write(events, asked)
                 except StoreUnavailable:
                     speech.not_stored(events)
+                    if asked is not None:
+                        self._asking.put_back(asked)
                     await asyncio.sleep(RETRY_SECONDS)
                     continue
                 speech.stored()
                 self._publish(change)
+                if asked is not None and not asked.stored.done():
+                    asked.stored.set_result(change.events[-1].sequence)
         except TurnLost:
             if not self._lost:
                 # Another process has taken the turn: the agent need not be at work until it says more.
@@ -310,6 +359,11 @@ class Execution:
                     self._task.cancel()
         finally:
             self._flushing = None
+
+    def _write(self, events: list[EventDraft], asked: Asked | None) -> Awaitable[Change]:
+        if asked is None:
+            return self._store.append_events(self._key, events)
+        return self._store.ask_question(self._key, [*events, asked.event], asked.choices)
 
     async def _drain(self) -> None:
         """Wait until what was pending is stored; let others run."""

@@ -18,15 +18,18 @@ from runtime_service.errands import PATIENCE_SECONDS, Errands
 from runtime_service.errors import AgentUnavailable, CapacityExceeded, Draining, RunServiceError, StoreUnavailable
 from runtime_service.event_log import EventLog
 from runtime_service.execution import Execution
+from runtime_service.questions import answer_event
 from runtime_service.registry import Registry, Server
-from runtime_service.runs import TERMINAL, LogLevel, Run, RunStatus
+from runtime_service.runs import TERMINAL, LogLevel, Question, Run, RunStatus
 from runtime_service.store.base import (
     RETRY_SECONDS,
     Cancel,
     Change,
+    NewAnswer,
     NewRun,
     NewTurn,
     Outcome,
+    QuestionOpen,
     RunStore,
     TurnKey,
     TurnLost,
@@ -100,8 +103,33 @@ class Executor:
         return await self._accept(new, server, self._store.start_run)
 
     async def continue_run(self, new: NewTurn, server: Server) -> Change:
-        """Accept the next input of a run. As `start_run`, and raises RunNotFound."""
-        return await self._accept(new, server, self._store.continue_run)
+        """Accept the next input of a run: its next turn, or the answer to the question that it asks.
+
+        As `start_run`, and raises RunNotFound, QuestionAnswered, and InvalidRequest for what is no answer.
+        """
+        try:
+            return await self._accept(new, server, self._store.continue_run)
+        except QuestionOpen as asked:
+            return await self._answer(asked.question, new)
+        except (AgentUnavailable, CapacityExceeded):
+            # An answer needs neither room nor another agent.
+            run = await self._store.get_run(new.organization, new.server_id, new.run_id)
+            if run.question is None or not run.is_asking:
+                raise
+            return await self._answer(run.question, new)
+
+    async def _answer(self, question: Question, new: NewTurn) -> Change:
+        event = answer_event(question, new)
+        answer = NewAnswer(new.organization, new.server_id, new.run_id, question.sequence, event, new.request)
+        write = asyncio.ensure_future(self._store.answer_question(answer))
+        return await self._errands.told(write, self._on_answered)
+
+    def _on_answered(self, answered: asyncio.Future[Change]) -> None:
+        if not answered.cancelled() and answered.exception() is None:
+            change = answered.result()
+            self._publish(change)
+            if (execution := self._executions.get(change.run.id)) is not None:
+                execution.look_for_answer()
 
     async def _accept(self, new: NewRun | NewTurn, server: Server, store: Callable[..., Awaitable[Change]]) -> Change:
         try:
@@ -223,6 +251,7 @@ class Executor:
             return  # whoever took the turn away is known at its next write
         if now.turn.epoch == run.turn.epoch:
             execution.log_grew(now.last_sequence)
+            execution.look_for_answer()
         else:
             self._lose(execution)
 

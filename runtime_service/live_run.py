@@ -7,6 +7,7 @@ import asyncio
 from typing import NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 
 from runtime_service.runs import TERMINAL, Run, RunEvent
 from runtime_service.store.base import Change
@@ -124,11 +125,13 @@ class LiveRun:
         self.show(run.turn.number, run)
         if run.turn.number == run.last_turn:
             self.show(0, run)
+        elif (latest := self._views.get(0)) is not None and latest.question != run.question:
+            self._views[0] = replace(latest, question=run.question)
         self.last_sequence = max(self.last_sequence, run.last_sequence)
         self._add_to_tail(change.events)
         for woken in self._followers:
             woken.set()
-        if self._collectors and run.status in TERMINAL:
+        if self._collectors and (run.status in TERMINAL or run.is_asking):
             self._wake_collectors()
 
     def view(self, number: int) -> Run | None:
@@ -195,7 +198,7 @@ class LiveRun:
         del self._followers[woken]
 
     async def wait_for_end(self, deadline: float | None) -> bool:
-        """Wait until a turn is settled or `wake` is called; return whether the loop's time `deadline` came first."""
+        """Wait until a turn is settled or asks, or `wake` is called; return whether the time `deadline` came first."""
         loop = asyncio.get_running_loop()
         woken: asyncio.Future[bool] = loop.create_future()
         timer = None if deadline is None else loop.call_at(deadline, _wake, woken, True)

@@ -90,7 +90,7 @@ class Operations:
             await self._follow_turn(change, server, new.mode, request.stream, wait_seconds, send)
 
     async def continue_run(self, organization: str, request: rpc.ContinueRunRequest, send: Send) -> None:
-        """Open a run's next turn; in mode sync follow it."""
+        """Open a run's next turn, or answer the question that the run asks; in mode sync follow the turn."""
         server = self._server(organization, request.server)
         run_id = request.run_id
         text = checked_input(request.input, self._limits)
@@ -209,11 +209,13 @@ class Operations:
                 await send(RunNews(run, Update(run, change.events), protocol))
                 return
             wait_seconds = 0.0  # what there is by now
+        # An answer is told what comes behind it, other input all of its turn.
+        after = (change.events[0].sequence if change.events else run.turn.first_sequence) - 1
         if stream.collect:
-            await self._event_log.collect(run, lambda update: send(RunNews(run, update, protocol)), wait_seconds)
+            await self._event_log.collect(run, after, lambda update: send(RunNews(run, update, protocol)), wait_seconds)
         else:
             options = FollowOptions(run.turn.number, stream.deltas, wait_seconds)
-            await self._follow(run, server, run.turn.first_sequence - 1, options, send)
+            await self._follow(run, server, after, options, send)
 
     async def _follow(self, run: Run, server: Server, after: int, options: FollowOptions, send: Send) -> None:
         async with aclosing(self._event_log.follow(run, after, options)) as updates:

@@ -27,6 +27,7 @@ _STATUS: dict[type[errors.RunServiceError], grpc.StatusCode] = {
     errors.ServerNotFound: grpc.StatusCode.NOT_FOUND,
     errors.RunNotFound: grpc.StatusCode.NOT_FOUND,
     errors.RequestIdReused: grpc.StatusCode.ALREADY_EXISTS,
+    errors.QuestionAnswered: grpc.StatusCode.FAILED_PRECONDITION,
     errors.CapacityExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.AnswerTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.SessionFull: grpc.StatusCode.RESOURCE_EXHAUSTED,

@@ -16,9 +16,31 @@ import pytest
 from runtime_service.agents import Agent, AgentSays, Answer, AnsweredBy, HistoryMessage, Log, Option, TurnContext
 from runtime_service.event_log import EventLog
 from runtime_service.executor import Executor, ExecutorLimits
+from runtime_service.questions import QuestionSettings
 from runtime_service.registry import Registry, Server
-from runtime_service.runs import TERMINAL, EventDraft, EventRole, Run, RunEvent, RunMode, RunStatus, new_run_id, now_ms
-from runtime_service.store.base import Cancel, NewRun, NewTurn, RunStore, TurnKey
+from runtime_service.runs import (
+    TERMINAL,
+    EventDraft,
+    EventRole,
+    LogLevel,
+    Run,
+    RunEvent,
+    RunMode,
+    RunStatus,
+    new_run_id,
+    now_ms,
+)
+from runtime_service.store.base import (
+    PERMISSION_REQUEST,
+    PERMISSION_RESPONSE,
+    Cancel,
+    NewAnswer,
+    NewRun,
+    NewTurn,
+    RunStore,
+    TurnKey,
+    log_event,
+)
 from runtime_service.store.group_commit import GroupCommitWriter
 from runtime_service.store.sqlite import SQLiteStore
 from runtime_service.validation import checked_request
@@ -215,6 +237,28 @@ def said(*texts: str) -> list[EventDraft]:
     return [EventDraft(EventRole.ASSISTANT, text, now_ms()) for text in texts]
 
 
+OPTIONS = (("yes", "Allow it"), ("no", "Not at all"))
+"""Of a question: ids and names."""
+
+
+def question(text: str = "May I?") -> EventDraft:
+    """What asks."""
+    return log_event(PERMISSION_REQUEST, LogLevel.INFO, text)
+
+
+async def asking(store: RunStore, options: Sequence[tuple[str, str]] = OPTIONS) -> Run:
+    """A run whose turn 1 is running and has asked, by event 2."""
+    return (await store.ask_question(key_of(await running(store)), [question()], options)).run
+
+
+def answer_to(run: Run, text: str = "yes", *, request_id: str | None = None) -> NewAnswer:
+    """The answer to what a run asks."""
+    assert run.question is not None
+    event = EventDraft(EventRole.USER, text, now_ms(), log_type=PERMISSION_RESPONSE)
+    request = checked_request(request_id or "", b"", "answer", run.server_id, run.id, text)
+    return NewAnswer(run.organization, run.server_id, run.id, run.question.sequence, event, request)
+
+
 async def log_of(store: RunStore, run_id: str) -> list[RunEvent]:
     """The whole log of a run, which has no gap."""
     events = await store.read_events(run_id, 0, ALL, ALL)
@@ -341,10 +385,14 @@ async def runtime(
     *,
     turn_timeout_seconds: float = 3_600,
     drain_seconds: float = 0,
+    questions: QuestionSettings | None = None,
 ) -> AsyncIterator[Runtime]:
     """A runtime over a place that holds runs, such as the SQLite file at a path; drained at the end."""
     by_id = {SERVER: agents} if isinstance(agents, Agent) else agents
-    servers = {name: Server(name, ORGANIZATION, agent, turn_timeout_seconds) for name, agent in by_id.items()}
+    asked = questions or QuestionSettings()
+    servers = {
+        name: Server(name, ORGANIZATION, agent, turn_timeout_seconds, questions=asked) for name, agent in by_id.items()
+    }
     store = await _opened(place)
     event_log = EventLog(store)
     limits = limits or ExecutorLimits(cancel_grace_seconds=0.05)

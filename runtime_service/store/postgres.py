@@ -16,6 +16,7 @@ from runtime_service.store.base import (
     Cancel,
     Change,
     Deleted,
+    NewAnswer,
     NewRun,
     NewTurn,
     Outcome,
@@ -128,6 +129,16 @@ class PostgresStore:
         """Append the last events and settle the turn."""
         return self._writer.submit(writes.Extend(key, events, outcome))
 
+    def ask_question(
+        self, key: TurnKey, events: Sequence[EventDraft], options: Sequence[tuple[str, str]]
+    ) -> asyncio.Future[Change]:
+        """Put events at the end of a running turn's log, the last of which asks a question."""
+        return self._writer.submit(writes.ask_question(key, events, options))
+
+    def answer_question(self, answer: NewAnswer) -> asyncio.Future[Change]:
+        """Append the answer to the question of a run."""
+        return self._writer.submit(writes.answer_question(answer))
+
     def release_turn(self, key: TurnKey, events: Sequence[EventDraft]) -> asyncio.Future[Change]:
         """Give a running turn back to the queue."""
         return self._writer.submit(writes.release_turn(key, events))
@@ -219,6 +230,11 @@ class PostgresStore:
         """Return the messages of the turns before, oldest first."""
         newest_first = await self._fetch(QUERIES["read_messages"], run_id, before_turn, limit)
         return [(ROLES[role], content) for role, content in reversed(newest_first)]
+
+    async def read_latest_log(self, run_id: str, log_type: str, after: int = 0) -> RunEvent | None:
+        """Return the newest event of a type behind a sequence."""
+        rows = await self._fetch(QUERIES["read_latest_log"], run_id, log_type, after)
+        return event_from_row(rows[0]) if rows else None
 
     async def _fetch(self, query: str, *arguments: object) -> list[asyncpg.Record]:
         """Return rows, over another connection where the first one was broken. Raises StoreUnavailable."""

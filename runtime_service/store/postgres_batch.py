@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from runtime_service.runs import EventDraft, EventRole, Run, RunStatus, Turn, now_ms
+from runtime_service.runs import EventDraft, EventRole, Question, Run, RunStatus, Turn, now_ms
 from runtime_service.store.base import Change, Outcome, TurnKey, count_messages, place_events
 from runtime_service.store.postgres_writes import Asked, Done, Extend, Other, SaveDraft, Start
 
@@ -33,12 +33,22 @@ class Held(msgspec.Struct, frozen=True):
         return TurnKey(self.run.id, self.run.turn.number, self.run.turn.epoch)
 
 
+class Extended(msgspec.Struct, frozen=True, array_like=True):
+    """What came of the turn `n` of a batch: the run as it is behind it, and the question that it had before."""
+
+    n: int
+    last_sequence: int
+    message_count: int
+    last_turn: int
+    question: Question | None = None
+
+
 class Reply(msgspec.Struct, frozen=True):
-    """The answer of `acp.apply`. Of each turn: its `n`, and the run's last sequence, message count and last turn."""
+    """The answer of `acp.apply`."""
 
     lost: bool = False
     starts: list[Done] = []
-    turns: list[tuple[int, int, int, int]] = []
+    turns: list[Extended] = []
     others: list[Done] = []
 
 
@@ -168,10 +178,10 @@ class _Row:
             n, run_id, number, epoch, self.log, self.messages, self._at, self._outcome, self._redraft, self._draft
         )
 
-    def tell(self, last_sequence: int, message_count: int, last_turn: int) -> Held | None:
+    def tell(self, end: Extended) -> Held | None:
         """Tell each write what it did; return the turn as it is held from now on, None when it is settled."""
-        sequence = last_sequence - len(self.log)
-        messages = message_count - self.messages
+        sequence = end.last_sequence - len(self.log)
+        messages = end.message_count - self.messages
         run = self.run
         for step in self._steps:
             sequence += len(step.events)
@@ -181,8 +191,9 @@ class _Row:
                 last_sequence=sequence,
                 message_count=messages,
                 updated_at_ms=step.at,
-                last_turn=last_turn,
+                last_turn=end.last_turn,
                 turn=step.turn,
+                question=end.question if step.turn.status is _RUNNING else None,
             )
             step.asked.tell(Change(run, place_events(step.events, step.turn.number, sequence)))
         for asked in self._drafts:
@@ -280,7 +291,7 @@ class Batch:
     def settle(self, reply: Reply, own: str) -> None:
         """Tell each write what it did; `own` is the id of the replica that wrote."""
         instead = {done.n: done for done in reply.starts}
-        ends = {n: end for n, *end in reply.turns}
+        ends = {end.n: end for end in reply.turns}
         starts = turns = 0
         for run_id, row in self._rows.items():
             held = None
@@ -288,7 +299,7 @@ class Batch:
                 if (end := ends.get(turns)) is None:
                     row.lose()
                 else:
-                    held = row.tell(*end)
+                    held = row.tell(end)
                 turns += 1
             else:
                 done = instead.get(starts)
@@ -297,7 +308,7 @@ class Batch:
                     row.start.tell_other(done, own)
                     row.lose()
                     continue  # what is there in its place may be held
-                held = row.tell(len(row.log), row.messages, 1)
+                held = row.tell(Extended(starts - 1, len(row.log), row.messages, 1))
             if held is None:
                 self._held.pop(run_id, None)
             else:
@@ -311,6 +322,6 @@ class Batch:
             for run in [change.run for change in changes]:
                 if other.claims and run.status is _RUNNING:
                     self._held[run.id] = Held(run)
-                elif not other.claims and other.run_id is not None:
+                elif not (other.claims or other.keeps) and other.run_id is not None:
                     self._held.pop(run.id, None)
         other.tell_done(done, changes)

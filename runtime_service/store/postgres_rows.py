@@ -3,9 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from runtime_service.runs import Run, RunEvent, RunStatus, Turn
+import msgspec
+
+from runtime_service.runs import Question, Run, RunEvent, RunStatus, Turn
 from runtime_service.store.columns import LEVELS, MODES, ROLES, STATUSES
 from runtime_service.store.postgres_connection import QUERIES
+
+_decode_question = msgspec.json.Decoder(Question).decode
 
 
 def _listing(status: RunStatus | None) -> str:
@@ -53,6 +57,7 @@ def run_from_row(row: Mapping[str, Any], own: str | None) -> Run:
         title=row["title"],
         thread_metadata=_bytes(row["thread_metadata"]),
         holder=None if row["holder"] == own else row["address"],
+        question=None if (question := row["question"]) is None else _decode_question(question),
     )
 
 

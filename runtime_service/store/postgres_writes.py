@@ -10,16 +10,18 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from runtime_service.errors import RequestIdReused, RunNotFound, StoreUnavailable
-from runtime_service.runs import EventDraft, LogLevel, Run, now_ms
+from runtime_service.errors import QuestionAnswered, RequestIdReused, RunNotFound, StoreUnavailable
+from runtime_service.runs import EventDraft, LogLevel, Question, Run, now_ms
 from runtime_service.store.base import (
     ATTEMPT_BEGINS,
     Cancel,
     Change,
     Deleted,
+    NewAnswer,
     NewRun,
     NewTurn,
     Outcome,
+    QuestionOpen,
     Request,
     TurnKey,
     TurnLost,
@@ -44,6 +46,8 @@ class Done(msgspec.Struct, frozen=True):
     shown: list[tuple[dict[str, Any], list[list[Any]]]] = []
     replayed: bool = False
     same: bool = True
+    question: Question | None = None
+    answered: bool = False
     lost: list[str] = []
     runs: int = 0
     turns: int = 0
@@ -154,7 +158,8 @@ class SaveDraft(Asked[None]):
 class Other(Asked[_T]):
     """A write that stands alone in a batch.
 
-    `read` makes the result of what it changed. `claims`: running turns that it shows are held from then on.
+    `read` makes the result of what it changed. `claims`: running turns that it shows are held from then on. `keeps`: a
+    turn that was held is held still.
     """
 
     def __init__(
@@ -165,10 +170,12 @@ class Other(Asked[_T]):
         request: tuple[str, Request] | None = None,
         missing: Exception | None = None,
         claims: bool = False,
+        keeps: bool = False,
     ) -> None:
         super().__init__()
         self.arguments = arguments
         self.claims = claims
+        self.keeps = keeps
         self._read = read
         self._missing = missing
         if request is not None:
@@ -187,6 +194,10 @@ class Other(Asked[_T]):
         """Tell what came of it."""
         if not done.same:
             self.fail(RequestIdReused(self.request[1] if self.request else ""))
+        elif done.question is not None:
+            self.fail(QuestionOpen(done.question))
+        elif done.answered:
+            self.fail(QuestionAnswered())
         elif self._missing is not None and not changes:
             # There was no such run, or there is none any more: it was deleted before the answer came.
             self.fail(self._missing)
@@ -204,6 +215,8 @@ def continue_run(new: NewTurn, *, claim: bool) -> Other[Change]:
         "claim": claim,
         "mode": new.mode,
         "input": new.input,
+        "blanks": len(new.input) - len(new.input.lstrip()),
+        "characters": len(new.input.strip()),
         "at": new.created_at_ms,
         "log": [user_event(new)],
     }
@@ -216,17 +229,36 @@ def continue_run(new: NewTurn, *, claim: bool) -> Other[Change]:
     return asked
 
 
+def ask_question(key: TurnKey, events: Sequence[EventDraft], options: Sequence[tuple[str, str]]) -> Other[Change]:
+    """Put events at the end of a running turn's log, the last of which asks a question."""
+    arguments = _write_to_turn("ask_question", key, events)
+    arguments["options"] = options
+    asked = Other(arguments, _one, missing=TurnLost(), keeps=True)
+    asked.is_patient = True
+    return asked
+
+
+def answer_question(answer: NewAnswer) -> Other[Change]:
+    """Append the answer to the question of a run."""
+    arguments = {
+        "write": "answer_question",
+        "id": _findable(answer.run_id),
+        "organization": answer.organization,
+        "server_id": answer.server_id,
+        "sequence": answer.sequence,
+        "at": answer.event.created_at_ms,
+        "log": [answer.event],
+    }
+    asked = Other(arguments, _one, request=_known_by(answer), missing=RunNotFound(answer.run_id), keeps=True)
+    asked.characters = len(answer.event.content)
+    # Without an id it cannot be known again: one that was taken would be refused.
+    asked.is_repeatable = answer.request is not None
+    return asked
+
+
 def release_turn(key: TurnKey, events: Sequence[EventDraft]) -> Other[Change]:
     """Give a running turn back to the queue."""
-    arguments = {
-        "write": "release_turn",
-        "id": key.run_id,
-        "number": key.turn,
-        "epoch": key.epoch,
-        "at": now_ms(),
-        "log": events,
-    }
-    asked = Other(arguments, _one, missing=TurnLost())
+    asked = Other(_write_to_turn("release_turn", key, events), _one, missing=TurnLost())
     asked.is_patient = True
     return asked
 
@@ -315,12 +347,23 @@ def _orphan(run: Run, log: list[EventDraft]) -> dict[str, Any]:
     }
 
 
+def _write_to_turn(write: str, key: TurnKey, events: Sequence[EventDraft]) -> dict[str, Any]:
+    return {
+        "write": write,
+        "id": key.run_id,
+        "number": key.turn,
+        "epoch": key.epoch,
+        "at": now_ms(),
+        "log": events,
+    }
+
+
 def _findable(run_id: str) -> str:
     """Return a caller's name of a run as the database can look for it: no run has a NUL in its name."""
     return run_id.replace("\0", "?")
 
 
-def _known_by(asked: NewTurn | Cancel) -> tuple[str, Request] | None:
+def _known_by(asked: NewTurn | Cancel | NewAnswer) -> tuple[str, Request] | None:
     return None if asked.request is None else (asked.organization, asked.request)
 
 

@@ -32,6 +32,7 @@ from runtime_service.store.base import (
     Cancel,
     Change,
     Deleted,
+    NewAnswer,
     NewRun,
     NewTurn,
     Outcome,
@@ -43,7 +44,7 @@ from runtime_service.store.columns import ROLES, SQL
 from runtime_service.store.group_commit import GroupCommitWriter
 from runtime_service.store.sqlite_turns import RunningTurns
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 _READERS = 2
 _BUSY_MS = 5_000
 
@@ -139,6 +140,16 @@ class SQLiteStore:
         """Open the next turn of a run."""
         return self._submit(new.run_id, lambda db: writes.continue_run(db, new, claim))
 
+    def ask_question(
+        self, key: TurnKey, events: Sequence[EventDraft], options: Sequence[tuple[str, str]]
+    ) -> Awaitable[Change]:
+        """Put events at the end of a running turn's log, the last of which asks a question."""
+        return self._submit(key.run_id, lambda db: writes.ask_question(db, key, events, options))
+
+    def answer_question(self, answer: NewAnswer) -> Awaitable[Change]:
+        """Append the answer to the question of a run."""
+        return self._submit(answer.run_id, lambda db: writes.answer_question(db, answer))
+
     def release_turn(self, key: TurnKey, events: Sequence[EventDraft]) -> Awaitable[Change]:
         """Give a running turn back to the queue."""
         return self._submit(key.run_id, lambda db: writes.release_turn(db, key, events))
@@ -231,6 +242,10 @@ class SQLiteStore:
             lambda db: list(rows.execute(db, "messages_before_turn", (run_id, before_turn, limit)))
         )
         return [(ROLES[role], content) for role, content in reversed(newest_first)]
+
+    async def read_latest_log(self, run_id: str, log_type: str, after: int = 0) -> RunEvent | None:
+        """Return the newest event of a type behind a sequence."""
+        return await self._read(lambda db: rows.latest_log(db, run_id, log_type, after))
 
     async def _read(self, read: Callable[[apsw.Connection], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._readers, self._read_here, read)

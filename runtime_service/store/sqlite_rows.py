@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import apsw
+import msgspec
 
 from runtime_service.errors import InvalidRequest, RequestIdReused, RunNotFound
-from runtime_service.runs import TERMINAL, Run, RunEvent, RunStatus, Turn
+from runtime_service.runs import TERMINAL, Question, Run, RunEvent, RunStatus, Turn
 from runtime_service.store.base import Change, Request, RunPage
 from runtime_service.store.columns import LEVELS, MODES, ROLES, STATUSES, named_queries
 
@@ -18,6 +19,10 @@ _LIST_BY_STATUS = {
     status: QUERIES["list_runs_by_status" if status in TERMINAL else "list_open_runs"].format(status=status.value)
     for status in RunStatus
 }
+
+
+_decode_question = msgspec.json.Decoder(Question).decode
+_encode = msgspec.json.Encoder().encode
 
 
 def execute(db: apsw.Connection, query: str, bindings: Sequence[Any]) -> apsw.Cursor:
@@ -47,7 +52,7 @@ def run_at_turn(db: apsw.Connection, key: int, turn: int | None = None) -> Run:
 
 
 def run_from_row(row: tuple[Any, ...]) -> Run:
-    """Return the run of a row: ten columns of the run, fourteen of the turn."""
+    """Return the run of a row: ten columns of the run, fourteen of the turn, and the question."""
     turn = Turn(
         number=row[10],
         status=STATUSES[row[11]],
@@ -64,7 +69,13 @@ def run_from_row(row: tuple[Any, ...]) -> Run:
         epoch=row[22],
         ready=bool(row[23]),
     )
-    return Run(row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7], turn, row[8], row[9])
+    question = None if row[24] is None else _decode_question(row[24])
+    return Run(row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7], turn, row[8], row[9], question=question)
+
+
+def question_value(question: Question | None) -> bytes | None:
+    """Return a question as its column holds it."""
+    return None if question is None else _encode(question)
 
 
 def requested(db: apsw.Connection, organization: str, request: Request | None) -> Change | None:
@@ -136,3 +147,12 @@ def read_events(db: apsw.Connection, run_id: str, after: int, limit: int, limit_
             break
         events.append(RunEvent(sequence, turn, ROLES[role], content, at, log_type, LEVELS[level], metadata))
     return events
+
+
+def latest_log(db: apsw.Connection, run_id: str, log_type: str, after: int) -> RunEvent | None:
+    """Return the newest event of a type behind a sequence."""
+    row = execute(db, "latest_log", (run_id, log_type, after)).fetchone()
+    if row is None:
+        return None
+    sequence, turn, role, content, at, _, level, metadata = row
+    return RunEvent(sequence, turn, ROLES[role], content, at, log_type, LEVELS[level], metadata)

@@ -26,7 +26,7 @@ from runtime_service.store.base import (
     place_events,
     user_event,
 )
-from runtime_service.store.sqlite_rows import QUERIES, execute, replayed, requested, run_from_row
+from runtime_service.store.sqlite_rows import QUERIES, execute, question_value, replayed, requested, run_from_row
 
 _RUNNING = RunStatus.RUNNING  # named once: in Python 3.11 the name of an enumeration's member is a call
 _COLUMNS = 9
@@ -173,7 +173,7 @@ class RunningTurns:
             found = execute(self._db, "running_turn", key).fetchone()
             if found is None:
                 raise TurnLost
-            row = _TurnRow(found[24], run_from_row(found[:24]), stored=True, has_draft=bool(found[25]))
+            row = _TurnRow(found[25], run_from_row(found), stored=True, has_draft=bool(found[26]))
             self._known[key.run_id] = row
         elif row.run.status is not _RUNNING:
             raise TurnLost
@@ -194,6 +194,7 @@ class RunningTurns:
             message_count=run.message_count + count_messages(drafts),
             updated_at_ms=at,
             turn=turn,
+            question=run.question if turn.status is _RUNNING else None,
         )
         for event in events:
             self._events += (row.key, *astuple(event))
@@ -207,7 +208,8 @@ class RunningTurns:
         for row in self._changed:
             row.changed = False
             run = row.run
-            extended.append((row.key, run.last_sequence, run.message_count, run.updated_at_ms))
+            question = question_value(run.question)
+            extended.append((row.key, run.last_sequence, run.message_count, run.updated_at_ms, question))
             if run.status is not _RUNNING:
                 settled.append(row)
             self._forget_settled(row)

@@ -8,12 +8,15 @@ from collections.abc import Callable, Collection, Sequence
 from itertools import takewhile
 
 import apsw
-from msgspec.structs import astuple
+from msgspec.structs import astuple, replace
 
+from runtime_service.errors import QuestionAnswered
 from runtime_service.runs import (
     TERMINAL,
     EventDraft,
+    EventRole,
     LogLevel,
+    Question,
     Run,
     RunEvent,
     RunStatus,
@@ -24,8 +27,10 @@ from runtime_service.store.base import (
     ATTEMPT_BEGINS,
     Cancel,
     Change,
+    NewAnswer,
     NewTurn,
     Outcome,
+    QuestionOpen,
     Request,
     TurnKey,
     TurnLost,
@@ -36,15 +41,28 @@ from runtime_service.store.base import (
     runtime_lost,
     user_event,
 )
-from runtime_service.store.sqlite_rows import QUERIES, execute, requested, run_at_turn, run_from_row, run_key
+from runtime_service.store.sqlite_rows import (
+    QUERIES,
+    execute,
+    question_value,
+    requested,
+    run_at_turn,
+    run_from_row,
+    run_key,
+)
 
 
 def continue_run(db: apsw.Connection, new: NewTurn, claim: bool) -> Change:
-    """Store the next turn of a run. Raises RunNotFound, RequestIdReused."""
+    """Store the next turn of a run. Raises RunNotFound, RequestIdReused, QuestionOpen, QuestionAnswered."""
     if (known := requested(db, new.organization, new.request)) is not None:
         return known
     key = run_key(db, new.organization, new.server_id, new.run_id)
     run = run_at_turn(db, key)
+    if (question := run.question) is not None:
+        if question.is_open:
+            raise QuestionOpen(question)
+        if question.option(new.input) is not None:
+            raise QuestionAnswered
     claim = claim and run.status in TERMINAL
     turn = Turn(
         number=run.last_turn + 1,
@@ -66,6 +84,33 @@ def continue_run(db: apsw.Connection, new: NewTurn, claim: bool) -> Change:
     return Change(run_at_turn(db, key), events)
 
 
+def ask_question(
+    db: apsw.Connection, key: TurnKey, events: Sequence[EventDraft], options: Sequence[tuple[str, str]]
+) -> Change:
+    """Append to the log of a running turn; the last event asks what the run asks from now on. Raises TurnLost."""
+    row_key, run = _running_turn(db, key)
+    if any(event.role is EventRole.ASSISTANT for event in events):
+        execute(db, "forget_draft", (row_key, key.turn))
+    question = Question(run.last_sequence + len(events), options=tuple(options))
+    return _write_behind(db, row_key, run, key.turn, events, now_ms(), question)
+
+
+def answer_question(db: apsw.Connection, answer: NewAnswer) -> Change:
+    """Append an answer, and close the question. Raises RunNotFound, RequestIdReused, QuestionAnswered."""
+    if (known := requested(db, answer.organization, answer.request)) is not None:
+        return known
+    key = run_key(db, answer.organization, answer.server_id, answer.run_id)
+    run = run_at_turn(db, key)
+    question = run.question
+    if question is None or not question.is_open or question.sequence != answer.sequence:
+        raise QuestionAnswered
+    asking = _open_turns(db, key)[0]
+    closed = replace(question, is_open=False)
+    change = _write_behind(db, key, run, asking, [answer.event], now_ms(), closed)
+    _note_request(db, answer.request, run, asking, answer.event.created_at_ms)
+    return change
+
+
 def save_draft(db: apsw.Connection, key: TurnKey, text: str) -> None:
     """Keep a draft."""
     execute(db, "save_draft", (*key, text))
@@ -73,13 +118,17 @@ def save_draft(db: apsw.Connection, key: TurnKey, text: str) -> None:
 
 def release_turn(db: apsw.Connection, key: TurnKey, events: Sequence[EventDraft]) -> Change:
     """Queue a running turn again. Raises TurnLost."""
+    row_key, run = _running_turn(db, key)
+    execute(db, "requeue_turn", (row_key, key.turn, max(run.turn.attempt - 1, 0)))
+    return _write_behind(db, row_key, run, key.turn, events, now_ms())
+
+
+def _running_turn(db: apsw.Connection, key: TurnKey) -> tuple[int, Run]:
+    """Return the run's internal key, and the run showing the running turn that `key` holds. Raises TurnLost."""
     row = execute(db, "running_turn", key).fetchone()
     if row is None:
         raise TurnLost
-    run = run_from_row(row)
-    execute(db, "requeue_turn", (row[24], key.turn, max(run.turn.attempt - 1, 0)))
-    # Where it is not the run's latest turn, that one waits behind it.
-    return _write_behind(db, row[24], run, key.turn, events, RunStatus.QUEUED, now_ms())
+    return row[25], run_from_row(row)
 
 
 def cancel_run(db: apsw.Connection, cancel: Cancel, events: Sequence[EventDraft], output: str | None) -> Change:
@@ -101,7 +150,7 @@ def cancel_run(db: apsw.Connection, cancel: Cancel, events: Sequence[EventDraft]
         execute(db, "take_turn_away", (key, number))
         said = output if number == numbers[0] else None
         _settle_turn(db, key, number, Outcome(RunStatus.CANCELLED, output=said), at)
-    change = _write_behind(db, key, run, numbers[0], drafts, RunStatus.CANCELLED, at)
+    change = _write_behind(db, key, run, numbers[0], drafts, at)
     return Change(run_at_turn(db, key), change.events)
 
 
@@ -121,8 +170,7 @@ def claim_turns(db: apsw.Connection, limit: int) -> list[Change]:
             if run.turn.epoch > 1
             else []
         )
-        status = RunStatus.RUNNING if number == run.last_turn else run_at_turn(db, key).status
-        changes.append(_write_behind(db, key, run, number, events, status, now_ms()))
+        changes.append(_write_behind(db, key, run, number, events, now_ms()))
     return changes
 
 
@@ -143,16 +191,12 @@ def recover(
         at = now_ms()
         if may_repeat(run.server_id) and run.turn.attempt < max_attempts:
             execute(db, "requeue_turn", (key, number, run.turn.attempt))
-            status = RunStatus.QUEUED
         else:
             outcome = runtime_lost(run.turn.attempt, draft)
             events.append(log_event("runtime_lost", LogLevel.ERROR, outcome.error or ""))
-            status = outcome.status
             _settle_turn(db, key, number, outcome, at)
             execute(db, "make_ready", (key, number + 1))
-        if number != run.last_turn:
-            status = run_at_turn(db, key).status
-        changes.append(_write_behind(db, key, run, number, events, status, at))
+        changes.append(_write_behind(db, key, run, number, events, at))
     return changes
 
 
@@ -162,17 +206,14 @@ def _write_behind(
     run: Run,
     number: int,
     drafts: Sequence[EventDraft],
-    status: RunStatus,
     at: int,
+    question: Question | None = None,
 ) -> Change:
-    """Append events of turn `number` to the log as `run` shows it, and give the run its status."""
+    """Append events of turn `number` to the log as `run` shows it, and give the run its status and its question."""
     placed = place_events(drafts, number, run.last_sequence + len(drafts))
     _insert_events(db, key, placed)
-    execute(
-        db,
-        "set_run",
-        (key, run.last_sequence + len(drafts), run.message_count + count_messages(drafts), at, status),
-    )
+    message_count = run.message_count + count_messages(drafts)
+    execute(db, "set_run", (key, run.last_sequence + len(drafts), message_count, at, question_value(question)))
     return Change(run_at_turn(db, key, number), placed)
 
 

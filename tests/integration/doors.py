@@ -22,7 +22,7 @@ from grpc_reflection.v1alpha import reflection_pb2_grpc
 from protos.acp.runs.v1 import run_pb2 as pb
 from protos.acp.runs.v1 import run_service_pb2 as rpc
 from protos.acp.runs.v1 import run_service_pb2_grpc
-from runtime_service.agents import AgentError, AgentOutput, Delta, Message, TurnContext
+from runtime_service.agents import AgentError, AgentOutput, Delta, Message, Option, TurnContext
 from runtime_service.config import RuntimeConfig
 from runtime_service.executor import ExecutorLimits
 from runtime_service.server import RuntimeServer
@@ -49,6 +49,11 @@ kind = "agent_runtime"
 agent = "python"
 options = { entrypoint = "tests.integration.doors:gated" }
 
+[servers.asking]
+kind = "agent_runtime"
+agent = "python"
+options = { entrypoint = "tests.integration.doors:asking" }
+
 [servers.failing]
 kind = "agent_runtime"
 agent = "python"
@@ -73,6 +78,12 @@ organization = "other"
 gate: list[asyncio.Event] = []
 at_gate: list[int] = []
 """The attempts of the turns that wait there."""
+
+
+async def asking(turn: TurnContext) -> AsyncGenerator[AgentOutput]:
+    """Ask which way, go there."""
+    answer = await turn.ask("Which way?", [Option("left", "Left"), Option("right", "Right")])
+    yield Message(f"went {answer.option}")
 
 
 async def gated(turn: TurnContext) -> AsyncGenerator[AgentOutput]:
@@ -133,9 +144,13 @@ class Client:
 
     async def get(self, run: pb.Run) -> pb.Run:
         """Read a run."""
+        return (await self.state(run)).run
+
+    async def state(self, run: pb.Run) -> rpc.GetRunResponse:
+        """Read a run and its thread."""
         request = rpc.GetRunRequest(server=reference(run.server_id), run_id=run.id)
         response: rpc.GetRunResponse = await self.call("GetRun", request)
-        return response.run
+        return response
 
     async def events(self, run: pb.Run, **fields: Any) -> rpc.ListRunEventsResponse:
         """Read a page of a run's log."""

@@ -17,7 +17,18 @@ from yarl import URL
 from gateway.app import Gateway
 from gateway.auth import KeyFile, Scope
 from gateway.config import GatewayConfig
-from runtime_service.agents import AgentError, AgentOutput, Delta, Log, Message, ToolCall, ToolResult, TurnContext
+from runtime_service.agents import (
+    AgentError,
+    AgentOutput,
+    Delta,
+    Log,
+    Message,
+    Option,
+    OptionKind,
+    ToolCall,
+    ToolResult,
+    TurnContext,
+)
 from runtime_service.config import RuntimeConfig
 from runtime_service.executor import ExecutorLimits
 from runtime_service.runs import LogLevel
@@ -28,7 +39,7 @@ from tests.support import LIMIT_SECONDS
 TOKEN = "the-service-token-of-the-tests"
 TERMINAL = ("completed", "failed", "cancelled")
 
-_AGENTS = ("failing", "broken", "talkative", "flood", "heavy", "gated", "typing", "counting")
+_AGENTS = ("failing", "broken", "talkative", "flood", "heavy", "gated", "typing", "counting", "asking")
 SERVERS = "\n".join(
     [
         """
@@ -162,6 +173,17 @@ async def counting(turn: TurnContext) -> AsyncGenerator[AgentOutput]:
     """Say what the turn is told."""
     history = [f"{message.role.value}: {message.content}" for message in await turn.history()]
     yield Message(json.dumps({"turn": turn.turn, "history": history, "metadata": turn.metadata}))
+
+
+async def asking(turn: TurnContext) -> AsyncGenerator[AgentOutput]:
+    """Ask for a permission, and for a text; say both answers."""
+    options = [
+        Option("allow", "Allow once", OptionKind.ALLOW_ONCE),
+        Option("reject", "Reject", OptionKind.REJECT_ONCE),
+    ]
+    permission = await turn.ask("Delete a.txt?", options, tool_kind="delete")
+    name = await turn.ask("What is your name?")
+    yield Message(f"{permission.option} {name.text}")
 
 
 # -- The two programs ----------------------------------------------------------------------------------
@@ -372,13 +394,19 @@ async def serving(
     folder: Path,
     limits: ExecutorLimits | None = None,
     *,
-    servers: str = SERVERS,
+    servers: str | Path = SERVERS,
     wire: Wire | None = None,
     **settings: Any,
 ) -> AsyncIterator[Stack]:
-    """Serve with these settings of the gateway, over a data directory in `folder`, through the wire if there is one."""
-    toml = folder / "servers.toml"
-    toml.write_text(servers)
+    """Serve with these settings of the gateway, over a data directory in `folder`, through the wire if there is one.
+
+    `servers` is a servers.toml, or what is to be in one.
+    """
+    if isinstance(servers, Path):
+        toml = servers
+    else:
+        toml = folder / "servers.toml"
+        toml.write_text(servers)
     runtime = RuntimeConfig(
         data_dir=folder / "data",
         service_token=TOKEN,

@@ -100,7 +100,7 @@ async def collected(log: EventLog, run: Run, wait_seconds: float | None = None) 
     async def send(update: Update) -> None:
         updates.append(update)
 
-    await log.collect(run, send, wait_seconds)
+    await log.collect(run, run.turn.first_sequence - 1, send, wait_seconds)
     return updates
 
 
@@ -383,7 +383,7 @@ def test_collect_says_nothing_before_the_end_and_then_the_turn_only(tmp_path: Pa
             async def send(update: Update) -> None:
                 updates.append(update)
 
-            collecting = asyncio.ensure_future(tale.log.collect(second, send))
+            collecting = asyncio.ensure_future(tale.log.collect(second, second.turn.first_sequence - 1, send))
             await tale.say("a")
             await tale.resume("third")
             await tale.say("b")

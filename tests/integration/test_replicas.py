@@ -142,6 +142,39 @@ def test_input_through_another_service_waits_its_turn(replicas: Replicas) -> Non
     replicas.run(check)
 
 
+def test_question_is_answered_through_another_service(replicas: Replicas) -> None:
+    """Both show it; the first answer counts, whichever service takes it; the caller of the answer gets the rest."""
+
+    async def check(one: Client, other: Client) -> None:
+        following = asyncio.create_task(other.updates("StartRun", start_request("hi", "asking")))
+        (asked,) = await one.updates("StartRun", start_request("hi", "asking", stream=rpc.StreamOptions(collect=True)))
+        run = asked.run
+        assert contents_of([asked]) == ["hi", "Which way?"]
+        for client in (one, other):
+            there = await client.state(run)
+            assert there.thread.status == pb.THREAD_STATUS_PERMISSION_ASKED
+            assert (there.run.status, there.run.question_sequence) == (pb.RUN_STATUS_RUNNING, 2)
+        watching = asyncio.create_task(other.watch(run))
+        answers = await asyncio.gather(
+            *(
+                client.updates("ContinueRun", continue_request(run, way, stream=rpc.StreamOptions(collect=True)))
+                for client, way in ((one, "left"), (other, "right"))
+            ),
+            return_exceptions=True,
+        )
+        (taken,) = [answer for answer in answers if isinstance(answer, list)]
+        (refused,) = [answer for answer in answers if isinstance(answer, grpc.aio.AioRpcError)]
+        assert refused.code() == grpc.StatusCode.FAILED_PRECONDITION
+        way = contents_of(taken)[0]
+        assert contents_of(taken) == [way, f"went {way}"]
+        updates = await watching
+        assert contents_of(updates)[-2:] == [way, f"went {way}"]
+        assert updates[-1].thread.status == pb.THREAD_STATUS_COMPLETED
+        following.cancel()
+
+    replicas.run(check)
+
+
 def test_full_service_leaves_a_turn_to_another(replicas: Replicas) -> None:
     """Its caller gets the whole all the same."""
 

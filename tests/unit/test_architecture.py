@@ -14,9 +14,12 @@ ROOT = Path(__file__).parents[2]
 LAYERS = [
     ["runs", "errors"],
     ["agents", "store"],
-    ["registry", "live_run", "agent_events", "retention", "validation"],
+    ["live_run", "agent_events", "retention", "validation"],
+    ["questions"],
+    ["registry"],
+    ["agent_check"],
     ["event_log"],
-    ["speech"],
+    ["speech", "asking"],
     ["execution"],
     ["admission", "errands"],
     ["executor"],
@@ -177,7 +180,7 @@ def test_only_the_composition_names_a_kind_of_store() -> None:
 
 def test_only_the_registry_names_kinds_of_agents() -> None:
     """Everybody else knows the Agent protocol, and the registry names kinds by string, imported when asked for."""
-    kinds = ("echo", "python", "openai", "local", "agent_client_protocol")
+    kinds = ("echo", "python", "openai", "local", "agent_client_protocol", "a2a")
     for module, path in RUNTIME.items():
         if room_of(module) != "agents":
             for name in imports_of(path):

@@ -29,6 +29,7 @@ CASES: list[tuple[errors.RunServiceError, grpc.StatusCode, str]] = [
     (errors.RunNotFound("run_1"), grpc.StatusCode.NOT_FOUND, "RUN_NOT_FOUND"),
     (errors.CapacityExceeded("Full.", 1.5), grpc.StatusCode.RESOURCE_EXHAUSTED, "CAPACITY_EXCEEDED"),
     (errors.RequestIdReused("once"), grpc.StatusCode.ALREADY_EXISTS, "IDEMPOTENCY_KEY_REUSED"),
+    (errors.QuestionAnswered(), grpc.StatusCode.FAILED_PRECONDITION, "QUESTION_ANSWERED"),
     (errors.AnswerTooLarge(), grpc.StatusCode.RESOURCE_EXHAUSTED, "ANSWER_TOO_LARGE"),
     (errors.SessionFull(3), grpc.StatusCode.RESOURCE_EXHAUSTED, "SESSION_FULL"),
     (errors.AgentUnavailable("Install it."), grpc.StatusCode.UNAVAILABLE, "AGENT_UNAVAILABLE"),

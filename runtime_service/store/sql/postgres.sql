@@ -72,3 +72,8 @@ SELECT role, content FROM acp.events
 WHERE run_key = (SELECT run_key FROM acp.runs WHERE id = $1) AND turn < $2
   AND role IN ('user', 'assistant') AND log_type IS NULL
 ORDER BY turn DESC, sequence DESC LIMIT $3
+
+-- name: read_latest_log
+SELECT sequence, turn, role, content, created_at_ms, log_type, log_level, metadata FROM acp.events
+WHERE run_key = (SELECT run_key FROM acp.runs WHERE id = $1) AND log_type = $2 AND sequence > $3
+ORDER BY sequence DESC LIMIT 1

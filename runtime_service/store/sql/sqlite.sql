@@ -26,7 +26,7 @@ UPDATE runs SET last_turn = last_turn + 1, last_sequence = last_sequence + 1, me
 WHERE run_key = ?1
 
 -- name: extend_log
-UPDATE runs SET last_sequence = ?2, message_count = ?3, updated_at_ms = ?4 WHERE run_key = ?1
+UPDATE runs SET last_sequence = ?2, message_count = ?3, updated_at_ms = ?4, question = ?5 WHERE run_key = ?1
 
 -- name: settle_run
 -- A run has the status of its latest turn.
@@ -55,7 +55,10 @@ UPDATE turns SET draft = ?4
 WHERE run_key = (SELECT run_key FROM runs WHERE id = ?1) AND number = ?2 AND epoch = ?3 AND status = 'running'
 
 -- name: set_run
-UPDATE runs SET last_sequence = ?2, message_count = ?3, updated_at_ms = ?4, status = ?5 WHERE run_key = ?1
+-- A run has the status of its latest turn.
+UPDATE runs SET last_sequence = ?2, message_count = ?3, updated_at_ms = ?4, question = ?5,
+                status = (SELECT status FROM turns WHERE turns.run_key = ?1 AND number = last_turn)
+WHERE run_key = ?1
 
 -- name: claimable_turns
 -- Queued turns in the order of their acceptance, without those that wait for an earlier turn of their run.
@@ -83,7 +86,7 @@ SELECT run_key FROM runs WHERE id = ?1 AND organization = ?2 AND server_id = ?3
 SELECT runs.id, organization, server_id, runs.created_at_ms, updated_at_ms, message_count, last_sequence, last_turn,
        title, thread_metadata,
        number, turns.status, mode, input, first_sequence, turns.created_at_ms, output, error, error_code, metadata,
-       completed_at_ms, attempt, epoch, ready
+       completed_at_ms, attempt, epoch, ready, question
 FROM runs JOIN turns ON turns.run_key = runs.run_key AND number = coalesce(?2, last_turn)
 WHERE runs.run_key = ?1
 
@@ -142,7 +145,7 @@ SELECT draft FROM turns WHERE run_key = ?1 AND number = ?2
 SELECT runs.id, organization, server_id, runs.created_at_ms, updated_at_ms, message_count, last_sequence, last_turn,
        title, thread_metadata,
        number, turns.status, mode, input, first_sequence, turns.created_at_ms, output, error, error_code, metadata,
-       completed_at_ms, attempt, epoch, ready
+       completed_at_ms, attempt, epoch, ready, question
 FROM runs JOIN turns ON turns.run_key = runs.run_key AND number = last_turn
 WHERE organization = ?1 AND server_id = ?2 AND runs.run_key < ?3
 ORDER BY runs.run_key DESC LIMIT ?4
@@ -152,7 +155,7 @@ ORDER BY runs.run_key DESC LIMIT ?4
 SELECT runs.id, organization, server_id, runs.created_at_ms, updated_at_ms, message_count, last_sequence, last_turn,
        title, thread_metadata,
        number, turns.status, mode, input, first_sequence, turns.created_at_ms, output, error, error_code, metadata,
-       completed_at_ms, attempt, epoch, ready
+       completed_at_ms, attempt, epoch, ready, question
 FROM runs JOIN turns ON turns.run_key = runs.run_key AND number = last_turn
 WHERE organization = ?1 AND server_id = ?2 AND runs.run_key < ?3 AND runs.status = '{status}'
 ORDER BY runs.run_key DESC LIMIT ?4
@@ -162,7 +165,7 @@ ORDER BY runs.run_key DESC LIMIT ?4
 SELECT runs.id, organization, server_id, runs.created_at_ms, updated_at_ms, message_count, last_sequence, last_turn,
        title, thread_metadata,
        number, turns.status, mode, input, first_sequence, turns.created_at_ms, output, error, error_code, metadata,
-       completed_at_ms, attempt, epoch, ready
+       completed_at_ms, attempt, epoch, ready, question
 FROM turns INDEXED BY turns_open CROSS JOIN runs ON turns.run_key = runs.run_key AND number = last_turn
 WHERE turns.status = '{status}' AND organization = ?1 AND server_id = ?2 AND runs.run_key < ?3
 ORDER BY runs.run_key DESC LIMIT ?4
@@ -171,7 +174,7 @@ ORDER BY runs.run_key DESC LIMIT ?4
 SELECT runs.id, organization, server_id, runs.created_at_ms, updated_at_ms, message_count, last_sequence, last_turn,
        title, thread_metadata,
        number, turns.status, mode, input, first_sequence, turns.created_at_ms, output, error, error_code, metadata,
-       completed_at_ms, attempt, epoch, ready,
+       completed_at_ms, attempt, epoch, ready, question,
        runs.run_key, draft IS NOT NULL
 FROM runs JOIN turns ON turns.run_key = runs.run_key AND number = ?2
 WHERE runs.id = ?1 AND epoch = ?3 AND turns.status = 'running'
@@ -186,3 +189,8 @@ SELECT role, content FROM events
 WHERE run_key = (SELECT run_key FROM runs WHERE id = ?1) AND turn < ?2
   AND role IN ('user', 'assistant') AND log_type IS NULL
 ORDER BY turn DESC, sequence DESC LIMIT ?3
+
+-- name: latest_log
+SELECT sequence, turn, role, content, created_at_ms, log_type, log_level, metadata FROM events
+WHERE run_key = (SELECT run_key FROM runs WHERE id = ?1) AND log_type = ?2 AND sequence > ?3
+ORDER BY sequence DESC LIMIT 1

@@ -1,4 +1,4 @@
--- Schema version 3 of the embedded store. `run_key` is the internal, dense key of a run: the events of a run lie
+-- Schema version 4 of the embedded store. `run_key` is the internal, dense key of a run: the events of a run lie
 -- together under it, and a run's cost does not depend on how many there are.
 
 CREATE TABLE runs (
@@ -13,7 +13,8 @@ CREATE TABLE runs (
     message_count    INTEGER NOT NULL,
     last_sequence    INTEGER NOT NULL,
     last_turn        INTEGER NOT NULL,
-    status           TEXT    NOT NULL  -- of turn `last_turn`
+    status           TEXT    NOT NULL,  -- of turn `last_turn`
+    question         BLOB  -- that the running turn has asked last; JSON
 ) STRICT;
 
 -- Completed runs are nearly all: who asks for them finds them by the first index, the rare others by a small one.
@@ -77,4 +78,4 @@ CREATE TABLE deleted_runs (
     run_key          INTEGER PRIMARY KEY
 ) STRICT;
 
-PRAGMA user_version = 3;
+PRAGMA user_version = 4;

@@ -24,27 +24,27 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x61\x63p/runs/v1/run.proto\x12\x0b\x61\x63p.runs.v1\"\x81\x03\n\x03Run\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\tserver_id\x18\x02 \x01(\t\x12\x11\n\tthread_id\x18\x03 \x01(\t\x12\r\n\x05title\x18\x04 \x01(\t\x12\x1a\n\x12\x63reated_at_unix_ms\x18\x05 \x01(\x03\x12\x15\n\rlast_sequence\x18\x06 \x01(\x03\x12\x0c\n\x04turn\x18\x07 \x01(\x05\x12&\n\x06status\x18\x08 \x01(\x0e\x32\x16.acp.runs.v1.RunStatus\x12\"\n\x04mode\x18\t \x01(\x0e\x32\x14.acp.runs.v1.RunMode\x12\r\n\x05input\x18\n \x01(\t\x12\x0e\n\x06output\x18\x0b \x01(\t\x12\r\n\x05\x65rror\x18\x0c \x01(\t\x12\x12\n\nerror_code\x18\r \x01(\t\x12\x15\n\rmetadata_json\x18\x0e \x01(\x0c\x12\x1c\n\x14\x63ompleted_at_unix_ms\x18\x0f \x01(\x03\x12\x18\n\x10session_protocol\x18\x10 \x01(\t\x12\x1b\n\x13turn_first_sequence\x18\x11 \x01(\x03\"\xb4\x01\n\x06Thread\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12)\n\x06status\x18\x03 \x01(\x0e\x32\x19.acp.runs.v1.ThreadStatus\x12\x15\n\rmessage_count\x18\x04 \x01(\x03\x12\x15\n\rmetadata_json\x18\x05 \x01(\x0c\x12\x1a\n\x12\x63reated_at_unix_ms\x18\x06 \x01(\x03\x12\x1a\n\x12updated_at_unix_ms\x18\x07 \x01(\x03\"\xdc\x01\n\x08RunEvent\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12\x0c\n\x04turn\x18\x03 \x01(\x05\x12$\n\x04role\x18\x04 \x01(\x0e\x32\x16.acp.runs.v1.EventRole\x12\x0f\n\x07\x63ontent\x18\x05 \x01(\t\x12\x10\n\x08log_type\x18\x06 \x01(\t\x12(\n\tlog_level\x18\x07 \x01(\x0e\x32\x15.acp.runs.v1.LogLevel\x12\x1a\n\x12\x63reated_at_unix_ms\x18\x08 \x01(\x03\x12\x15\n\rmetadata_json\x18\t \x01(\x0c*\xa1\x01\n\tRunStatus\x12\x1a\n\x16RUN_STATUS_UNSPECIFIED\x10\x00\x12\x15\n\x11RUN_STATUS_QUEUED\x10\x01\x12\x16\n\x12RUN_STATUS_RUNNING\x10\x02\x12\x18\n\x14RUN_STATUS_COMPLETED\x10\x03\x12\x15\n\x11RUN_STATUS_FAILED\x10\x04\x12\x18\n\x14RUN_STATUS_CANCELLED\x10\x05*J\n\x07RunMode\x12\x18\n\x14RUN_MODE_UNSPECIFIED\x10\x00\x12\x11\n\rRUN_MODE_SYNC\x10\x01\x12\x12\n\x0eRUN_MODE_ASYNC\x10\x02*\x91\x02\n\x0cThreadStatus\x12\x1d\n\x19THREAD_STATUS_UNSPECIFIED\x10\x00\x12\x18\n\x14THREAD_STATUS_ACTIVE\x10\x01\x12\x19\n\x15THREAD_STATUS_RUNNING\x10\x02\x12\"\n\x1eTHREAD_STATUS_PERMISSION_ASKED\x10\x03\x12\x1b\n\x17THREAD_STATUS_COMPLETED\x10\x04\x12\x18\n\x14THREAD_STATUS_FAILED\x10\x05\x12\x1a\n\x16THREAD_STATUS_ARCHIVED\x10\x06\x12\x1b\n\x17THREAD_STATUS_CANCELLED\x10\x07\x12\x19\n\x15THREAD_STATUS_DELETED\x10\x08*\x8b\x01\n\tEventRole\x12\x1a\n\x16\x45VENT_ROLE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x45VENT_ROLE_USER\x10\x01\x12\x18\n\x14\x45VENT_ROLE_ASSISTANT\x10\x02\x12\x15\n\x11\x45VENT_ROLE_SYSTEM\x10\x03\x12\x1c\n\x18\x45VENT_ROLE_EXECUTION_LOG\x10\x04*\x90\x01\n\x08LogLevel\x12\x19\n\x15LOG_LEVEL_UNSPECIFIED\x10\x00\x12\x12\n\x0eLOG_LEVEL_INFO\x10\x01\x12\x12\n\x0eLOG_LEVEL_WARN\x10\x02\x12\x13\n\x0fLOG_LEVEL_ERROR\x10\x03\x12\x15\n\x11LOG_LEVEL_SUCCESS\x10\x04\x12\x15\n\x11LOG_LEVEL_WARNING\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x61\x63p/runs/v1/run.proto\x12\x0b\x61\x63p.runs.v1\"\x9c\x03\n\x03Run\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\tserver_id\x18\x02 \x01(\t\x12\x11\n\tthread_id\x18\x03 \x01(\t\x12\r\n\x05title\x18\x04 \x01(\t\x12\x1a\n\x12\x63reated_at_unix_ms\x18\x05 \x01(\x03\x12\x15\n\rlast_sequence\x18\x06 \x01(\x03\x12\x0c\n\x04turn\x18\x07 \x01(\x05\x12&\n\x06status\x18\x08 \x01(\x0e\x32\x16.acp.runs.v1.RunStatus\x12\"\n\x04mode\x18\t \x01(\x0e\x32\x14.acp.runs.v1.RunMode\x12\r\n\x05input\x18\n \x01(\t\x12\x0e\n\x06output\x18\x0b \x01(\t\x12\r\n\x05\x65rror\x18\x0c \x01(\t\x12\x12\n\nerror_code\x18\r \x01(\t\x12\x15\n\rmetadata_json\x18\x0e \x01(\x0c\x12\x1c\n\x14\x63ompleted_at_unix_ms\x18\x0f \x01(\x03\x12\x18\n\x10session_protocol\x18\x10 \x01(\t\x12\x1b\n\x13turn_first_sequence\x18\x11 \x01(\x03\x12\x19\n\x11question_sequence\x18\x12 \x01(\x03\"\xb4\x01\n\x06Thread\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12)\n\x06status\x18\x03 \x01(\x0e\x32\x19.acp.runs.v1.ThreadStatus\x12\x15\n\rmessage_count\x18\x04 \x01(\x03\x12\x15\n\rmetadata_json\x18\x05 \x01(\x0c\x12\x1a\n\x12\x63reated_at_unix_ms\x18\x06 \x01(\x03\x12\x1a\n\x12updated_at_unix_ms\x18\x07 \x01(\x03\"\xdc\x01\n\x08RunEvent\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12\x0c\n\x04turn\x18\x03 \x01(\x05\x12$\n\x04role\x18\x04 \x01(\x0e\x32\x16.acp.runs.v1.EventRole\x12\x0f\n\x07\x63ontent\x18\x05 \x01(\t\x12\x10\n\x08log_type\x18\x06 \x01(\t\x12(\n\tlog_level\x18\x07 \x01(\x0e\x32\x15.acp.runs.v1.LogLevel\x12\x1a\n\x12\x63reated_at_unix_ms\x18\x08 \x01(\x03\x12\x15\n\rmetadata_json\x18\t \x01(\x0c*\xa1\x01\n\tRunStatus\x12\x1a\n\x16RUN_STATUS_UNSPECIFIED\x10\x00\x12\x15\n\x11RUN_STATUS_QUEUED\x10\x01\x12\x16\n\x12RUN_STATUS_RUNNING\x10\x02\x12\x18\n\x14RUN_STATUS_COMPLETED\x10\x03\x12\x15\n\x11RUN_STATUS_FAILED\x10\x04\x12\x18\n\x14RUN_STATUS_CANCELLED\x10\x05*J\n\x07RunMode\x12\x18\n\x14RUN_MODE_UNSPECIFIED\x10\x00\x12\x11\n\rRUN_MODE_SYNC\x10\x01\x12\x12\n\x0eRUN_MODE_ASYNC\x10\x02*\x91\x02\n\x0cThreadStatus\x12\x1d\n\x19THREAD_STATUS_UNSPECIFIED\x10\x00\x12\x18\n\x14THREAD_STATUS_ACTIVE\x10\x01\x12\x19\n\x15THREAD_STATUS_RUNNING\x10\x02\x12\"\n\x1eTHREAD_STATUS_PERMISSION_ASKED\x10\x03\x12\x1b\n\x17THREAD_STATUS_COMPLETED\x10\x04\x12\x18\n\x14THREAD_STATUS_FAILED\x10\x05\x12\x1a\n\x16THREAD_STATUS_ARCHIVED\x10\x06\x12\x1b\n\x17THREAD_STATUS_CANCELLED\x10\x07\x12\x19\n\x15THREAD_STATUS_DELETED\x10\x08*\x8b\x01\n\tEventRole\x12\x1a\n\x16\x45VENT_ROLE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x45VENT_ROLE_USER\x10\x01\x12\x18\n\x14\x45VENT_ROLE_ASSISTANT\x10\x02\x12\x15\n\x11\x45VENT_ROLE_SYSTEM\x10\x03\x12\x1c\n\x18\x45VENT_ROLE_EXECUTION_LOG\x10\x04*\x90\x01\n\x08LogLevel\x12\x19\n\x15LOG_LEVEL_UNSPECIFIED\x10\x00\x12\x12\n\x0eLOG_LEVEL_INFO\x10\x01\x12\x12\n\x0eLOG_LEVEL_WARN\x10\x02\x12\x13\n\x0fLOG_LEVEL_ERROR\x10\x03\x12\x15\n\x11LOG_LEVEL_SUCCESS\x10\x04\x12\x15\n\x11LOG_LEVEL_WARNING\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'acp.runs.v1.run_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RUNSTATUS']._serialized_start=833
-  _globals['_RUNSTATUS']._serialized_end=994
-  _globals['_RUNMODE']._serialized_start=996
-  _globals['_RUNMODE']._serialized_end=1070
-  _globals['_THREADSTATUS']._serialized_start=1073
-  _globals['_THREADSTATUS']._serialized_end=1346
-  _globals['_EVENTROLE']._serialized_start=1349
-  _globals['_EVENTROLE']._serialized_end=1488
-  _globals['_LOGLEVEL']._serialized_start=1491
-  _globals['_LOGLEVEL']._serialized_end=1635
+  _globals['_RUNSTATUS']._serialized_start=860
+  _globals['_RUNSTATUS']._serialized_end=1021
+  _globals['_RUNMODE']._serialized_start=1023
+  _globals['_RUNMODE']._serialized_end=1097
+  _globals['_THREADSTATUS']._serialized_start=1100
+  _globals['_THREADSTATUS']._serialized_end=1373
+  _globals['_EVENTROLE']._serialized_start=1376
+  _globals['_EVENTROLE']._serialized_end=1515
+  _globals['_LOGLEVEL']._serialized_start=1518
+  _globals['_LOGLEVEL']._serialized_end=1662
   _globals['_RUN']._serialized_start=39
-  _globals['_RUN']._serialized_end=424
-  _globals['_THREAD']._serialized_start=427
-  _globals['_THREAD']._serialized_end=607
-  _globals['_RUNEVENT']._serialized_start=610
-  _globals['_RUNEVENT']._serialized_end=830
+  _globals['_RUN']._serialized_end=451
+  _globals['_THREAD']._serialized_start=454
+  _globals['_THREAD']._serialized_end=634
+  _globals['_RUNEVENT']._serialized_start=637
+  _globals['_RUNEVENT']._serialized_end=857
 # @@protoc_insertion_point(module_scope)

@@ -225,6 +225,7 @@ class Run(_message.Message):
     COMPLETED_AT_UNIX_MS_FIELD_NUMBER: _builtins.int
     SESSION_PROTOCOL_FIELD_NUMBER: _builtins.int
     TURN_FIRST_SEQUENCE_FIELD_NUMBER: _builtins.int
+    QUESTION_SEQUENCE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """`run_…`; set in every status."""
     server_id: _builtins.str
@@ -265,6 +266,10 @@ class Run(_message.Message):
     """The protocol by which the runtime talks to the agent, such as "in-process"."""
     turn_first_sequence: _builtins.int
     """First sequence of the turn: its user event."""
+    question_sequence: _builtins.int
+    """Running: the sequence of the event by which the run asks its caller something, while it waits for the answer; its
+    metadata holds the options. 0 otherwise.
+    """
     def __init__(
         self,
         *,
@@ -285,10 +290,11 @@ class Run(_message.Message):
         completed_at_unix_ms: _builtins.int = ...,
         session_protocol: _builtins.str = ...,
         turn_first_sequence: _builtins.int = ...,
+        question_sequence: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["completed_at_unix_ms", b"completed_at_unix_ms", "created_at_unix_ms", b"created_at_unix_ms", "error", b"error", "error_code", b"error_code", "id", b"id", "input", b"input", "last_sequence", b"last_sequence", "metadata_json", b"metadata_json", "mode", b"mode", "output", b"output", "server_id", b"server_id", "session_protocol", b"session_protocol", "status", b"status", "thread_id", b"thread_id", "title", b"title", "turn", b"turn", "turn_first_sequence", b"turn_first_sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["completed_at_unix_ms", b"completed_at_unix_ms", "created_at_unix_ms", b"created_at_unix_ms", "error", b"error", "error_code", b"error_code", "id", b"id", "input", b"input", "last_sequence", b"last_sequence", "metadata_json", b"metadata_json", "mode", b"mode", "output", b"output", "question_sequence", b"question_sequence", "server_id", b"server_id", "session_protocol", b"session_protocol", "status", b"status", "thread_id", b"thread_id", "title", b"title", "turn", b"turn", "turn_first_sequence", b"turn_first_sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -366,7 +372,9 @@ class RunEvent(_message.Message):
     content: _builtins.str
     """What is said; UTF-8, at most 1 MiB."""
     log_type: _builtins.str
-    """What kind of entry it is, such as "tool_call"; empty for plain messages."""
+    """What kind of entry it is, such as "tool_call"; empty for plain messages. "permission_request" asks the caller
+    something, "permission_response" (of the user) answers it.
+    """
     log_level: Global___LogLevel.ValueType
     """How to show it."""
     created_at_unix_ms: _builtins.int

@@ -68,7 +68,8 @@ class StreamOptions(_message.Message):
     """Send ContentDelta. Without it only whole events are sent."""
     collect: _builtins.bool
     """Send nothing before the end of the stream, and then events of the caller's turn only, in as few messages
-    as their size allows, with the run as it is at the end.
+    as their size allows, with the run as it is at the end. The stream also ends when the turn asks its caller
+    something.
     """
     wait_ms: _builtins.int
     """End the stream after this many milliseconds, whatever the status then; 0: no limit."""

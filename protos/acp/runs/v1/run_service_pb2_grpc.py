@@ -92,7 +92,10 @@ class RunServiceServicer:
 
     def ContinueRun(self, request, context):
         """Opens the next turn of a run, in any status: input to a run that still has an open turn waits its turn.
-        Errors: as StartRun, and NOT_FOUND (RUN_NOT_FOUND).
+        While the run asks something (Run.question_sequence), the input is the answer instead, and goes on with the turn
+        that asks: the id or name of an option, or any text where the question has none. The first answer counts.
+        Errors: as StartRun, and NOT_FOUND (RUN_NOT_FOUND), INVALID_ARGUMENT for what is no option of the question,
+        FAILED_PRECONDITION (QUESTION_ANSWERED) for an option of one that was answered while its turn still runs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

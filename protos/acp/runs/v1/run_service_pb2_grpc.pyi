@@ -32,7 +32,10 @@ class RunServiceStub:
     """
     ContinueRun: _aio.UnaryStreamMultiCallable[_run_service_pb2.ContinueRunRequest, _run_service_pb2.ContinueRunResponse]
     """Opens the next turn of a run, in any status: input to a run that still has an open turn waits its turn.
-    Errors: as StartRun, and NOT_FOUND (RUN_NOT_FOUND).
+    While the run asks something (Run.question_sequence), the input is the answer instead, and goes on with the turn
+    that asks: the id or name of an option, or any text where the question has none. The first answer counts.
+    Errors: as StartRun, and NOT_FOUND (RUN_NOT_FOUND), INVALID_ARGUMENT for what is no option of the question,
+    FAILED_PRECONDITION (QUESTION_ANSWERED) for an option of one that was answered while its turn still runs.
     """
     WatchRun: _aio.UnaryStreamMultiCallable[_run_service_pb2.WatchRunRequest, _run_service_pb2.WatchRunResponse]
     """Replays the log after a sequence, then follows live; ends when no turn is open and all is sent."""
@@ -103,7 +106,10 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_run_service_pb2.ContinueRunRequest, _abc.AsyncIterator[_run_service_pb2.ContinueRunResponse]],
     ) -> _abc.AsyncIterator[_run_service_pb2.ContinueRunResponse]:
         """Opens the next turn of a run, in any status: input to a run that still has an open turn waits its turn.
-        Errors: as StartRun, and NOT_FOUND (RUN_NOT_FOUND).
+        While the run asks something (Run.question_sequence), the input is the answer instead, and goes on with the turn
+        that asks: the id or name of an option, or any text where the question has none. The first answer counts.
+        Errors: as StartRun, and NOT_FOUND (RUN_NOT_FOUND), INVALID_ARGUMENT for what is no option of the question,
+        FAILED_PRECONDITION (QUESTION_ANSWERED) for an option of one that was answered while its turn still runs.
         """
 
     @_abc_1.abstractmethod

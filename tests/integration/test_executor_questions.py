@@ -1,0 +1,428 @@
+"""Questions of agents, over both stores: asked, answered by whoever is first, decided by settings or time."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime_service.agents import (
+    Agent,
+    AgentError,
+    AgentSays,
+    Answer,
+    AnsweredBy,
+    Delta,
+    Log,
+    Message,
+    Option,
+    OptionKind,
+    TurnContext,
+)
+from runtime_service.errors import InvalidRequest, QuestionAnswered, RunServiceError
+from runtime_service.event_log import FollowOptions
+from runtime_service.executor import ExecutorLimits
+from runtime_service.live_run import Update
+from runtime_service.questions import QuestionSettings
+from runtime_service.runs import TERMINAL, EventRole, Run, RunStatus
+from runtime_service.store.base import NewTurn
+from runtime_service.validation import checked_request
+from tests.stores import Stores
+from tests.support import Runtime, ScriptedAgent, contents, log_of, next_turn, run_async, runtime
+
+ALLOW = Option("yes", "Allow", OptionKind.ALLOW_ONCE)
+REJECT = Option("no", "Reject", OptionKind.REJECT_ONCE)
+SOON = QuestionSettings(timeout_seconds=0.05)
+
+
+async def asks(turn: TurnContext) -> AsyncGenerator[AgentSays]:
+    """Ask for a permission, say what came of it."""
+    yield Log("before")
+    yield Delta("half ")
+    answer = await turn.ask("May I?", [ALLOW, REJECT], tool_kind="edit", metadata={"path": "a.txt"})
+    yield Message(f"half {answer.option} by {answer.by}")
+
+
+async def asks_freely(turn: TurnContext) -> AsyncGenerator[AgentSays]:
+    """Ask for a text, say it."""
+    answer = await turn.ask("What is your name?")
+    yield Message(f"{answer.text} by {answer.by}")
+
+
+async def until_asking(there: Runtime, run: Run) -> Run:
+    """Return the run once it asks."""
+    found: list[Run] = []
+
+    async def asking() -> bool:
+        found[:] = [await there.get(run)]
+        assert found[0].status not in TERMINAL or found[0].last_turn > 1, found
+        return found[0].is_asking
+
+    await there.until(asking)
+    return found[0]
+
+
+def playing(
+    stores: Stores | Path,
+    script: Callable[[TurnContext], AsyncGenerator[AgentSays]],
+    check: Callable[[Runtime], Any],
+    settings: QuestionSettings | None = None,
+    limits: ExecutorLimits | None = None,
+) -> None:
+    """Run `check` with a runtime whose agent follows the script."""
+
+    async def main() -> None:
+        agent: Agent = ScriptedAgent(script)
+        async with runtime(stores, agent, limits, questions=settings) as there:
+            await check(there)
+
+    run_async(main())
+
+
+def test_question_is_in_the_log_and_the_answer_ends_it(stores: Stores) -> None:
+    """Behind what the agent had said; the run is running and asks; then the answer, then the rest."""
+
+    async def check(there: Runtime) -> None:
+        run = await until_asking(there, await there.start())
+        assert run.question is not None
+        assert run.question.options == (("yes", "Allow"), ("no", "Reject"))
+        events = await log_of(there.store, run.id)
+        assert contents(events) == ["hello", "before", "May I?"]
+        question = events[2]
+        assert (question.sequence, question.log_type) == (run.question.sequence, "permission_request")
+        assert json.loads(question.metadata or b"") == {
+            "path": "a.txt",
+            "options": [
+                {"id": "yes", "name": "Allow", "kind": "allow_once"},
+                {"id": "no", "name": "Reject", "kind": "reject_once"},
+            ],
+            "toolKind": "edit",
+            "timeoutSeconds": 600,
+        }
+        answered = await there.resume(run, "yes")
+        assert (answered.turn.number, answered.last_turn, answered.is_asking) == (1, 1, False)
+        done = await there.until_status(run, RunStatus.COMPLETED)
+        assert (done.turn.output, done.question) == ("half yes by caller", None)
+        events = await log_of(there.store, run.id)
+        assert contents(events)[3:] == ["yes", "half yes by caller"]
+        assert (events[3].role, events[3].turn, events[3].log_type) == (EventRole.USER, 1, "permission_response")
+        second = await there.resume(run, "yes")
+        assert second.turn.number == 2
+        assert await there.store.read_messages(run.id, 2, 10) == [
+            (EventRole.USER, "hello"),
+            (EventRole.ASSISTANT, "half yes by caller"),
+        ]
+
+    playing(stores, asks, check)
+
+
+def test_free_question_takes_any_text(stores: Stores) -> None:
+    """As it came."""
+
+    async def check(there: Runtime) -> None:
+        run = await until_asking(there, await there.start())
+        await there.resume(run, " Ada\n")
+        assert (await there.until_status(run, RunStatus.COMPLETED)).turn.output == " Ada\n by caller"
+
+    playing(stores, asks_freely, check)
+
+
+def test_wrong_answer_is_refused_and_the_question_stays(stores: Stores) -> None:
+    """Nothing is written; the next one may be right."""
+
+    async def check(there: Runtime) -> None:
+        run = await until_asking(there, await there.start())
+        with pytest.raises(InvalidRequest, match="yes, no"):
+            await there.resume(run, "perhaps")
+        assert len(await log_of(there.store, run.id)) == 3
+        await there.resume(run, "Reject")
+        assert (await there.until_status(run, RunStatus.COMPLETED)).turn.output == "half no by caller"
+
+    playing(stores, asks, check)
+
+
+def test_first_answer_counts(stores: Stores) -> None:
+    """Of ten at once one is taken; none becomes a turn of its own."""
+    held = asyncio.Event()
+
+    async def asks_and_stays(turn: TurnContext) -> AsyncGenerator[AgentSays]:
+        async for said in asks(turn):
+            yield said
+        await held.wait()
+
+    async def check(there: Runtime) -> None:
+        run = await until_asking(there, await there.start())
+        answers = await asyncio.gather(
+            *(there.resume(run, ("yes", "no")[n % 2]) for n in range(10)), return_exceptions=True
+        )
+        assert sorted(type(answer).__name__ for answer in answers) == ["QuestionAnswered"] * 9 + ["Run"]
+        with pytest.raises(QuestionAnswered):
+            await there.resume(run, "yes")
+        # What is no option is input, as ever.
+        assert (await there.resume(run, "and then?")).turn.number == 2
+        held.set()
+        await there.until_status(run, RunStatus.RUNNING, turn=2)
+
+    playing(stores, asks_and_stays, check)
+
+
+def test_answer_that_comes_again_by_its_request_id_is_the_same(stores: Stores) -> None:
+    """Also when the turn is over."""
+
+    async def check(there: Runtime) -> None:
+        run = await until_asking(there, await there.start())
+        server = there.servers[run.server_id]
+        request = checked_request("once", b"", "continue", run.server_id, run.id, "yes", None)
+        new = next_turn(run, "yes")
+        new = NewTurn(new.organization, new.server_id, run.id, "yes", new.mode, new.created_at_ms, None, request)
+        first = await there.executor.continue_run(new, server)
+        again = await there.executor.continue_run(new, server)
+        assert (first.replayed, again.replayed) == (False, True)
+        await there.until_status(run, RunStatus.COMPLETED)
+        late = await there.executor.continue_run(new, server)
+        assert (late.replayed, late.run.turn.number, late.run.last_turn) == (True, 1, 1)
+        assert contents(await log_of(there.store, run.id)).count("yes") == 1
+
+    playing(stores, asks, check)
+
+
+@pytest.mark.parametrize(
+    ("on_timeout", "output"), [("deny", "half no by time_limit"), ("allow", "half yes by time_limit")]
+)
+def test_time_limit_decides(stores: Stores, on_timeout: Any, output: str) -> None:
+    """And says so; the question is closed."""
+
+    async def check(there: Runtime) -> None:
+        run = await there.start()
+        assert (await there.until_status(run, RunStatus.COMPLETED)).turn.output == output
+        decision = (await log_of(there.store, run.id))[3]
+        assert (decision.role, decision.log_type) == (EventRole.EXECUTION_LOG, "permission_decision")
+        assert decision.content.startswith("Nobody answered within 0.05 s: ")
+
+    playing(stores, asks, check, QuestionSettings(timeout_seconds=0.05, on_timeout=on_timeout))
+
+
+def test_free_question_without_an_answer_is_told_so(stores: Stores) -> None:
+    """The agent goes on without."""
+
+    async def check(there: Runtime) -> None:
+        run = await there.start()
+        assert (await there.until_status(run, RunStatus.COMPLETED)).turn.output == "None by time_limit"
+
+    playing(stores, asks_freely, check, SOON)
+
+
+def test_settings_decide_without_the_caller(stores: Stores) -> None:
+    """In order with what the agent says; no question is open at any time."""
+
+    async def check(there: Runtime) -> None:
+        run = await there.start()
+        assert (await there.until_status(run, RunStatus.COMPLETED)).turn.output == "half yes by settings"
+        events = await log_of(there.store, run.id)
+        assert contents(events)[1:3] == ["before", "Allowed by the server's settings: May I?"]
+
+    playing(stores, asks, check, QuestionSettings(allow_tool_kinds=("edit",)))
+
+
+def test_questions_of_one_turn_come_one_after_the_other(stores: Stores) -> None:
+    """Each gets its own answer."""
+
+    async def asks_at_once(turn: TurnContext) -> AsyncGenerator[AgentSays]:
+        answers = await asyncio.gather(*(turn.ask(f"number {n}?") for n in range(3)))
+        yield Message(" ".join(str(answer.text) for answer in answers))
+
+    async def check(there: Runtime) -> None:
+        run = await there.start()
+        for number in range(3):
+            asking = await until_asking(there, run)
+            assert contents(await log_of(there.store, run.id))[-1] == f"number {number}?"
+            await there.resume(asking, f"answer {number}")
+        assert (await there.until_status(run, RunStatus.COMPLETED)).turn.output == "answer 0 answer 1 answer 2"
+
+    playing(stores, asks_at_once, check)
+
+
+def test_cancel_ends_a_question(stores: Stores) -> None:
+    """No answer is taken any more: input opens a turn."""
+    left = asyncio.Event()
+
+    async def asks_and_is_left(turn: TurnContext) -> AsyncGenerator[AgentSays]:
+        try:
+            await turn.ask("May I?", [ALLOW, REJECT])
+            yield Message("never")
+        finally:
+            left.set()
+
+    async def check(there: Runtime) -> None:
+        run = await until_asking(there, await there.start())
+        cancelled = await there.cancel(run)
+        assert (cancelled.status, cancelled.question) == (RunStatus.CANCELLED, None)
+        await left.wait()
+        assert (await there.resume(run, "yes")).turn.number == 2
+
+    playing(stores, asks_and_is_left, check)
+
+
+def test_full_queue_refuses_input_but_no_answer(stores: Stores) -> None:
+    """An answer needs no room."""
+
+    async def check(there: Runtime) -> None:
+        run = await until_asking(there, await there.start())
+        await there.start("waits")
+        with pytest.raises(RunServiceError, match="waiting already"):
+            await there.start("too much")
+        await there.resume(run, "yes")
+        assert (await there.until_status(run, RunStatus.COMPLETED, turn=1)).turn.output == "half yes by caller"
+
+    playing(stores, asks, check, limits=ExecutorLimits(max_turns=1, max_queued=1, cancel_grace_seconds=0.05))
+
+
+def test_followers_see_the_question_and_a_collector_is_answered_at_once(stores: Stores) -> None:
+    """A live follower goes on behind it; a collector has what there is, and the run that asks."""
+
+    async def check(there: Runtime) -> None:
+        run = await there.start()
+        collected: list[Update] = []
+
+        async def take(update: Update) -> None:
+            collected.append(update)
+
+        async def follow() -> list[Update]:
+            return [update async for update in there.event_log.follow(run, 0, FollowOptions())]
+
+        following = asyncio.create_task(follow())
+        await there.event_log.collect(run, 0, take)
+        assert [event.content for update in collected for event in update.events] == ["hello", "before", "May I?"]
+        asking = collected[-1].run
+        assert asking is not None
+        assert asking.is_asking
+        answered = await there.resume(run, "yes")
+        rest: list[Update] = []
+
+        async def take_rest(update: Update) -> None:
+            rest.append(update)
+
+        await there.event_log.collect(answered, answered.last_sequence - 1, take_rest)
+        assert [event.content for update in rest for event in update.events] == ["yes", "half yes by caller"]
+        states = [(update.run.status, update.run.is_asking) for update in await following if update.run is not None]
+        assert (RunStatus.RUNNING, True) in states
+        assert states[-1] == (RunStatus.COMPLETED, False)
+
+    playing(stores, asks, check)
+
+
+def test_question_too_long_fails_the_turn(tmp_path: Path) -> None:
+    """As any event of an agent that is too long."""
+
+    async def asks_much(turn: TurnContext) -> AsyncGenerator[AgentSays]:
+        await turn.ask("x" * (1 << 20) + "x")
+        yield Message("never")
+
+    async def check(there: Runtime) -> None:
+        run = await there.start()
+        assert (await there.until_status(run, RunStatus.FAILED)).turn.error_code == "EVENT_TOO_LARGE"
+
+    playing(tmp_path / "runs.db", asks_much, check)
+
+
+def test_option_ids_come_back_as_the_agent_gave_them(tmp_path: Path) -> None:
+    """Also where the log cannot hold them."""
+
+    async def asks_oddly(turn: TurnContext) -> AsyncGenerator[AgentSays]:
+        answer = await turn.ask("Which?", [Option("a\0", "A"), Option("b", "B")])
+        yield Message(repr(answer.option))
+
+    async def check(there: Runtime) -> None:
+        run = await until_asking(there, await there.start())
+        await there.resume(run, "A")
+        assert (await there.until_status(run, RunStatus.COMPLETED)).turn.output == r"'a\x00'"
+
+    playing(tmp_path / "runs.db", asks_oddly, check)
+
+
+def test_question_ends_with_its_turn(tmp_path: Path) -> None:
+    """Who still waits for the answer is told; nobody waits for ever."""
+    told: list[object] = []
+    waiting: list[asyncio.Task[None]] = []
+
+    async def leaves_a_question(turn: TurnContext) -> AsyncGenerator[AgentSays]:
+        async def wait() -> None:
+            try:
+                await turn.ask("Anybody?")
+            except AgentError as error:
+                told.append(error.code)
+
+        waiting.append(asyncio.create_task(wait()))
+        run_asks = asyncio.Event()
+        asyncio.get_running_loop().call_later(0.05, run_asks.set)
+        await run_asks.wait()
+        yield Message("done")
+
+    async def check(there: Runtime) -> None:
+        run = await there.start()
+        done = await there.until_status(run, RunStatus.COMPLETED)
+        assert done.question is None
+        await asyncio.wait(waiting)
+        assert told == ["TURN_ENDED"]
+
+    playing(tmp_path / "runs.db", leaves_a_question, check)
+
+
+def test_latest_log_is_what_the_agent_said_in_an_earlier_turn(stores: Stores) -> None:
+    """The newest of its type, with its metadata; None where there is none."""
+    found: list[Log | None] = []
+
+    async def remembers(turn: TurnContext) -> AsyncGenerator[AgentSays]:
+        found.append(await turn.latest_log("session"))
+        yield Log(f"session {turn.turn}", type="session", metadata={"id": turn.turn})
+        yield Message("done")
+
+    async def check(there: Runtime) -> None:
+        run = await there.start()
+        await there.until_status(run, RunStatus.COMPLETED)
+        for turn in (2, 3):
+            await there.resume(run, "more")
+            await there.until_status(run, RunStatus.COMPLETED, turn=turn)
+        assert found[0] is None
+        assert [log and (log.content, log.metadata) for log in found[1:]] == [
+            ("session 1", {"id": 1}),
+            ("session 2", {"id": 2}),
+        ]
+
+    playing(stores, remembers, check)
+
+
+def test_turn_of_a_lost_runtime_asks_again(tmp_path: Path) -> None:
+    """The recovery rule: it is begun again, without an open question until it asks."""
+
+    async def main() -> None:
+        path = tmp_path / "runs.db"
+        async with runtime(path, ScriptedAgent(asks)) as there:
+            run = await until_asking(there, await there.start())
+        async with runtime(path, ScriptedAgent(asks)) as there:
+            again = await until_asking(there, run)
+            assert again.question is not None
+            assert run.question is not None
+            assert again.question.sequence > run.question.sequence
+            await there.resume(run, "yes")
+            assert (await there.until_status(run, RunStatus.COMPLETED)).turn.output == "half yes by caller"
+
+    run_async(main())
+
+
+def test_unasked_context_says_so() -> None:
+    """Outside of a run there is nobody to ask."""
+
+    async def main() -> None:
+        turn = TurnContext(input="hello", metadata={})
+        assert await turn.latest_log("session") is None
+        with pytest.raises(AgentError) as caught:
+            await turn.ask("Anybody?")
+        assert caught.value.code == "QUESTION_IMPOSSIBLE"
+        with pytest.raises(ValueError, match="same id"):
+            await turn.ask("Which?", [ALLOW, ALLOW])
+        assert Answer(AnsweredBy.CALLER).option is None
+
+    run_async(main())
