@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 _UPDATE = {"sessionUpdate": "agent_message_chunk", "content": {"type": "text", "text": "hello"}}
@@ -30,6 +31,9 @@ def update(update: object) -> None:
 def prompt(way: str, number: int) -> None:
     """Answer a prompt in the way that is asked for, or not at all."""
     match way:
+        case "thinks":
+            update(_UPDATE | {"sessionUpdate": "agent_thought_chunk"})
+            return
         case "broken":
             update(_UPDATE)
             write('{"jsonrpc": "2.0", "method": "session/upd')
@@ -113,6 +117,12 @@ def main() -> None:
                     time.sleep(600)
             case "session/prompt":
                 prompt(way, request["id"])
+                if way == "asks later":
+                    option = {"optionId": "yes", "name": "Yes", "kind": "allow_once"}
+                    params = {"sessionId": "s", "toolCall": {"toolCallId": "1"}, "options": [option]}
+                    send({"id": 900, "method": "session/request_permission", "params": params})
+            case None:
+                Path("answer").write_text(line)
 
 
 if __name__ == "__main__":
