@@ -189,13 +189,13 @@ class Session:
             while True:
                 if outputs := turn.take():
                     yield merged(outputs)
+                elif prompting.done():
+                    failure = await self._outcome(prompting)
+                    break
                 elif question := turn.next_question():
                     if outputs := turn.transcript.pause():
                         yield merged(outputs)
                     yield question
-                elif prompting.done():
-                    failure = await self._outcome(prompting)
-                    break
                 elif await self._hears(turn):
                     continue
                 else:
