@@ -67,6 +67,12 @@ def prompt(way: str, number: int) -> None:
             send({"id": 902, "method": "no/such", "params": {}})
             answers = sorted(json.loads(sys.stdin.readline())["error"]["code"] for _ in range(3))
             update(_UPDATE | {"content": {"type": "text", "text": json.dumps(answers)}})
+        case "many requests":
+            for n in range(300):
+                send({"id": f"r{n}", "method": "fs/read_text_file", "params": {"sessionId": "s", "path": str(n)}})
+            answers = [json.loads(sys.stdin.readline()) for _ in range(300)]
+            counted = len({answer["id"] for answer in answers if answer["error"]["code"] == -32002})
+            update(_UPDATE | {"content": {"type": "text", "text": f"{counted} answers, "}})
         case "chatty":
             for n in range(3):
                 write(f"a line of {n} that somebody printed, \x00 and {{'a': 1}}")

@@ -784,6 +784,7 @@ def test_agent_that_never_reads_fails_its_turn(play: Callable[[Check], None], mo
         ("wrong updates", "hello"),
         ("other session", "[-32602, -32602, -32601]hello"),
         ("emoji", "half ?hello"),
+        ("many requests", "300 answers, hello"),
     ],
 )
 def test_what_is_only_strange_is_left_out(play: Callable[[Check], None], way: str, said: str) -> None:
