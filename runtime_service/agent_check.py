@@ -63,14 +63,14 @@ class _Check:
         try:
             await asyncio.wait([checking], timeout=limit_seconds)
             if not checking.done():
-                self._miss(f"It has not ended its turn after {limit_seconds:g} s.")
+                self._miss(f"It has not come to an end after {limit_seconds:g} s.")
             elif checking.cancelled():
                 self._miss("Something that it waited for was cancelled.")
         finally:
             checking.cancel()
             await asyncio.wait([checking], timeout=END_SECONDS)
         if not checking.done():
-            self._miss(f"It goes on, {END_SECONDS:g} s after its turn was cancelled.")
+            self._miss(f"It goes on, {END_SECONDS:g} s after it was cancelled.")
         return self._works
 
     async def _check(self) -> None:

@@ -220,7 +220,7 @@ def test_check_ends_with_its_time_limit() -> None:
         finally:
             cleaned.append(True)
 
-    assert check(endless, 0.05) == (False, [], ["It has not ended its turn after 0.05 s."])
+    assert check(endless, 0.05) == (False, [], ["It has not come to an end after 0.05 s."])
     assert cleaned == [True]
 
 
@@ -244,6 +244,6 @@ def test_check_ends_though_the_agent_does_not(monkeypatch: pytest.MonkeyPatch) -
         return [finding.text for finding in found]
 
     assert run_async(main()) == [
-        "It has not ended its turn after 0.05 s.",
-        "It goes on, 0.05 s after its turn was cancelled.",
+        "It has not come to an end after 0.05 s.",
+        "It goes on, 0.05 s after it was cancelled.",
     ]
