@@ -106,7 +106,7 @@ def test_registry_without_a_file_has_the_built_in_servers() -> None:
     assert registry.resolve("default", "echo", connected=False).id == "echo"
     assert registry.resolve("default", "storefront", connected=True).id == "assistant"
     run_async(registry.close())
-    assert set(AGENT_KINDS) == {"echo", "python", "openai", "local", "a2a"}
+    assert set(AGENT_KINDS) == {"echo", "python", "openai", "local", "agent_client_protocol", "a2a"}
 
 
 def test_registry_finds_python_agents_beside_the_file(tmp_path: Path) -> None:
