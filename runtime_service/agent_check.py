@@ -74,9 +74,13 @@ class _Check:
         return self._works
 
     async def _check(self) -> None:
+        agent = self._server.agent
         turn = _Turn(self._server, self._find)
         try:
-            async with aclosing(self._server.agent.check()) as findings:
+            if reason := agent.unavailable_reason():
+                self._miss(reason)
+                return
+            async with aclosing(agent.check()) as findings:
                 async for finding in findings:
                     self._say(finding)
             if self._works:
@@ -92,7 +96,9 @@ class _Check:
 
     def _say(self, finding: Finding) -> None:
         self._works = self._works and finding.works
-        self._tell(finding)
+        # Some of it is from elsewhere, and is not to do what it likes with whoever shows it.
+        text = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in finding.text)
+        self._tell(Finding(text, finding.works))
 
     def _find(self, text: str) -> None:
         self._say(Finding(text))

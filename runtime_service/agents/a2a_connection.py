@@ -62,6 +62,7 @@ class Connection:
         self._reading: asyncio.Task[Client] | None = None
         self._client: Client | None = None
         self._streams = False
+        self._description = ""
         self._card_read_at = 0.0
 
     async def send(
@@ -119,6 +120,11 @@ class Connection:
         """Ask the agent to end the task."""
         client = await self._open_client()
         await self._called(client.cancel_task(CancelTaskRequest(id=task_id)))
+
+    async def described(self) -> str:
+        """Say what the agent's card tells of it."""
+        await self._open_client()
+        return self._description
 
     async def close(self) -> None:
         """Close the connections."""
@@ -186,6 +192,9 @@ class Connection:
         self._client = client = self._client_of(card)
         self._streams = self._options.streaming and card.capabilities.streaming
         self._card_read_at = asyncio.get_running_loop().time()
+        name = self._options.quoted(f"{card.name} {card.version}".strip())
+        how = "it streams" if self._streams else "it is asked again and again how far it is"
+        self._description = f"{name}, spoken to by {card.supported_interfaces[0].protocol_binding}; {how}."
         return client
 
     def _client_of(self, card: AgentCard) -> Client:

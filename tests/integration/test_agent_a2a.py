@@ -19,6 +19,7 @@ from runtime_service.agents import (
     Answer,
     AnsweredBy,
     Delta,
+    Finding,
     Log,
     Message,
     TurnContext,
@@ -545,3 +546,22 @@ def test_a2a_agent_answers_many_turns_at_once() -> None:
         assert [messages_of(said) for said in answers] == [["one two three"]] * 20
 
     with_agent(Remote(count), check)
+
+
+@pytest.mark.parametrize(
+    ("streaming", "how"), [(True, "it streams"), (False, "it is asked again and again how far it is")]
+)
+def test_check_reads_the_card(streaming: bool, how: str) -> None:
+    """Who it is, and how it is spoken to; it hears nothing by that."""
+    remote = Remote(_never)
+
+    async def check(agent: A2AAgent) -> None:
+        found = [finding async for finding in agent.check()]
+        assert found == [Finding(f"Its card can be read: remote 1, spoken to by JSONRPC; {how}.")]
+        assert remote.heard == []
+
+    with_agent(remote, check, streaming=streaming)
+
+
+async def _never(remote: Remote, context: RequestContext, updater: TaskUpdater) -> None:
+    raise AssertionError("nothing was said to it")

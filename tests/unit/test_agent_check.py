@@ -129,10 +129,10 @@ def test_check_takes_a_failure_for_want_of_an_answer_as_such() -> None:
     assert found[-1] == "It ends its turn for want of an answer: You did not allow it. (DENIED)"
 
     async def refusing(turn: TurnContext) -> AsyncGenerator[AgentSays]:
-        raise AgentError("The model is away.", "MODEL_AWAY")
+        raise AgentError("The model is away\x1b[2J.\n", "MODEL_AWAY")
         yield
 
-    assert check(refusing) == (False, [], ["The model is away. (MODEL_AWAY)"])
+    assert check(refusing) == (False, [], [r"The model is away\x1b[2J.\n (MODEL_AWAY)"])
 
 
 def test_check_tells_what_the_agent_raised_and_where() -> None:
