@@ -39,9 +39,9 @@ class A2AAgent(Agent):
         )
 
     async def check(self) -> AsyncGenerator[Finding]:
-        """Read the agent's card, and say what it tells."""
+        """Say what the agent's card offers."""
         connection = await self._connect()
-        yield Finding(f"Its card can be read: {await connection.described()}")
+        yield Finding(f"It has an agent card: {await connection.describe()}")
 
     async def run(self, turn: TurnContext) -> AsyncGenerator[AgentSays]:
         """Say the input to the agent, and what it answers; raises AgentError for whatever hinders that."""

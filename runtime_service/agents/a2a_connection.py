@@ -62,8 +62,13 @@ class Connection:
         self._reading: asyncio.Task[Client] | None = None
         self._client: Client | None = None
         self._streams = False
-        self._description = ""
+        self._described = ""
         self._card_read_at = 0.0
+
+    async def describe(self) -> str:
+        """Return what the agent's card says of it, in a sentence."""
+        await self._open_client()
+        return self._described
 
     async def send(
         self, text: str, *, message_id: str, context_id: str | None, task_id: str | None
@@ -120,11 +125,6 @@ class Connection:
         """Ask the agent to end the task."""
         client = await self._open_client()
         await self._called(client.cancel_task(CancelTaskRequest(id=task_id)))
-
-    async def described(self) -> str:
-        """Say what the agent's card tells of it."""
-        await self._open_client()
-        return self._description
 
     async def close(self) -> None:
         """Close the connections."""
@@ -192,9 +192,11 @@ class Connection:
         self._client = client = self._client_of(card)
         self._streams = self._options.streaming and card.capabilities.streaming
         self._card_read_at = asyncio.get_running_loop().time()
-        name = self._options.quoted(f"{card.name} {card.version}".strip())
-        how = "it streams" if self._streams else "it is asked again and again how far it is"
-        self._description = f"{name}, spoken to by {card.supported_interfaces[0].protocol_binding}; {how}."
+        # The card has only those ways left that may be taken.
+        ways = ", ".join(f"{way.protocol_binding} {way.protocol_version}".strip() for way in card.supported_interfaces)
+        manner = "streams" if self._streams else "is asked for its tasks again and again"
+        name, version = self._options.quoted(card.name), self._options.quoted(card.version)
+        self._described = f"{name!r}, version {version!r}, by {self._options.quoted(ways)}; {manner}."
         return client
 
     def _client_of(self, card: AgentCard) -> Client:
