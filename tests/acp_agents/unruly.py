@@ -37,11 +37,21 @@ def prompt(way: str, number: int) -> None:
         case "wrong answer":
             send({"id": number, "result": {"stopReason": 5}})
             return
+        case "wrong error":
+            send({"id": number, "error": "no object"})
+            return
         case "no object":
             for line in ("[1, 2]", "5", '"text"', "null", "{}", '{"level": "info"}', '{"id": {}}', '{"method": 7}'):
                 write(line)
         case "wrong updates":
-            for wrong in (None, [], "x", {"sessionUpdate": "agent_message_chunk"}, {"sessionUpdate": "of tomorrow"}):
+            wrongs: list[object] = [
+                None,
+                [],
+                "x",
+                {"sessionUpdate": "agent_message_chunk"},
+                {"sessionUpdate": "of tomorrow"},
+            ]
+            for wrong in wrongs:
                 update(wrong)
             send({"method": "session/update", "params": 7})
             send({"method": "session/update"})

@@ -3,8 +3,9 @@
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +75,8 @@ class AgentClientProtocolAgent(Agent):
             async with aclosing(session.prompt(texts)) as said:
                 async for each in said:
                     if isinstance(each, Question):
-                        question = each
-                        question.answer(
-                            await turn.ask(
-                                question.text,
-                                question.options,
-                                tool_kind=question.tool_kind,
-                                metadata=question.metadata,
-                            )
+                        each.answer(
+                            await turn.ask(each.text, each.options, tool_kind=each.tool_kind, metadata=each.metadata)
                         )
                     else:
                         yield each
@@ -93,15 +88,12 @@ class AgentClientProtocolAgent(Agent):
         path = self._options.directory_of(run_id=run_id, server_id=server_id, thread_id=thread_id)
         run = _Run()
         try:
-            async with asyncio.timeout(self._options.start_seconds):
-                session = await self._launched(run)
-                await session.open(await self._directory(path))
-        except TimeoutError:
-            await self._end(run)
-            raise self._failures.start_timeout() from None
+            await self._open(run, path, {})
         except BaseException:
-            await self._end(run)
+            await asyncio.wait([self._spawn(self._end(run))])
             raise
+        session, run.session = run.session, None
+        assert session is not None
         return session
 
     async def close(self) -> None:
@@ -129,29 +121,38 @@ class AgentClientProtocolAgent(Agent):
             if run.session.is_alive and metadata.get("connection", run.connection) == run.connection:
                 return [turn.input], None
             # It has ended, or another process has had turns that this one knows nothing of.
-            await self._end(run)
+            run.settling = self._spawn(self._end(run))
+            await run.settled()
         path = self._options.directory_of(run_id=turn.run_id, server_id=turn.server_id, thread_id=turn.thread_id)
-        try:
-            async with asyncio.timeout(self._options.start_seconds):
-                session = await self._launched(run)
-                directory = run.directory = await self._directory(path)
-                if metadata.get("createdWorkingDirectory") is True and metadata.get("workingDirectory") == str(path):
-                    directory.created = True
-                how = None
-                if isinstance(session_id := metadata.get("sessionId"), str):
-                    how = await session.reopen(directory, session_id)
-                if how is None:
-                    await session.open(directory)
-        except TimeoutError:
-            raise self._failures.start_timeout() from None
+        how = await self._open(run, path, metadata)
         run.connection = secrets.token_hex(8)
         texts = [turn.input]
-        if how is None and (turn.turn > 1 or turn.attempt > 1) and (history := await turn.history()):
+        if how == "new" and (turn.turn > 1 or turn.attempt > 1) and (history := await turn.history()):
             how = "history"
             texts = [history_text(history), turn.input]
-        return texts, self._news(run, session, directory, how or "new")
+        return texts, self._news(run, how)
 
-    def _news(self, run: "_Run", session: Session, directory: WorkingDirectory, how: str) -> Log:
+    async def _open(self, run: "_Run", path: Path, known: Mapping[str, Any]) -> str:
+        """Give the run a process with an open session, an earlier one where it is known; return how it was opened."""
+        try:
+            async with asyncio.timeout(self._options.start_seconds):
+                directory = run.directory = await self._directory(path)
+                if known.get("createdWorkingDirectory") is True and known.get("workingDirectory") == str(path):
+                    directory.created = True
+                session = await self._launched(run, path)
+                session_id = known.get("sessionId")
+                how = await session.reopen(directory, session_id) if isinstance(session_id, str) else None
+                if how is None:
+                    await session.open(directory)
+                session.on_lost = partial(self._lost, run, session)
+        except TimeoutError:
+            raise self._failures.start_timeout() from None
+        return how or "new"
+
+    def _news(self, run: "_Run", how: str) -> Log:
+        session, directory = run.session, run.directory
+        assert session is not None
+        assert directory is not None
         name = session.agent.get("title") or session.agent["name"]
         words = {
             "new": f"A session with {name} was opened.",
@@ -170,7 +171,7 @@ class AgentClientProtocolAgent(Agent):
         level = LogLevel.WARNING if how == "history" else LogLevel.INFO
         return Log(words[how], level, _SESSION_LOG, metadata)
 
-    async def _launched(self, run: "_Run") -> Session:
+    async def _launched(self, run: "_Run", path: Path) -> Session:
         """Give the run a process that is initialized, a warm one where there is one."""
         session = None
         if self._warm:
@@ -187,7 +188,7 @@ class AgentClientProtocolAgent(Agent):
         if session is not None:
             run.session = session
             return session
-        run.session = session = await Session.launch(self._options)
+        run.session = session = await Session.launch(self._options, path)
         await session.initialize()
         return session
 
@@ -206,18 +207,21 @@ class AgentClientProtocolAgent(Agent):
         session = None
         try:
             async with asyncio.timeout(self._options.start_seconds):
-                session = await Session.launch(self._options)
+                cwd = (await self._directory(self._options.common_directory())).path
+                session = await Session.launch(self._options, cwd)
                 await session.initialize()
-        except (AgentError, TimeoutError) as error:
-            log.warning("no process of the agent %s could be started ahead: %s", self._options.name, error)
-            if session is not None:
-                await session.end()
-            return None
-        except asyncio.CancelledError:
+        except (AgentError, TimeoutError, asyncio.CancelledError) as error:
             if session is not None:
                 self._spawn(session.end())
-            raise
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            log.warning("no process of the agent %s could be started ahead: %s", self._options.name, error)
+            return None
+        session.on_lost = partial(self._lost_warm, session)
         return session
+
+    def _lost_warm(self, session: Session) -> None:
+        self._spawn(session.end())
 
     # Ends
 
@@ -233,6 +237,12 @@ class AgentClientProtocolAgent(Agent):
         if not self._closed:
             loop = asyncio.get_running_loop()
             run.idle = loop.call_later(self._options.idle_seconds, self._on_idle, run_id, run)
+
+    def _lost(self, run: "_Run", session: Session) -> None:
+        """A process has ended by itself: between two turns nobody else sees to what it may have left."""
+        if not run.busy and run.session is session:
+            run.session = None
+            run.settling = self._spawn(session.end())
 
     async def _cancel(self, run: "_Run", session: Session) -> None:
         if not await session.cancel():

@@ -2,9 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from acp import PROTOCOL_VERSION, RequestError
@@ -34,7 +35,7 @@ from runtime_service.agents.base import AgentError, Finding
 from runtime_service.agents.child_process import ChildProcess
 
 _EXIT_SECONDS = 1.0
-_END_SECONDS = 1.0
+_END_SECONDS = 2.0
 _DISTRIBUTION = "acp-gateway"
 
 
@@ -48,7 +49,7 @@ class Session:
         self._options = options
         self._failures = Failures(options)
         self._child = child
-        self._transport = ChildTransport(child, self._on_update)
+        self._transport = ChildTransport(child, self._on_update, self._on_end)
         self._client = Client(options)
         self._connection: Any = ClientSideConnection(self._client, self._transport, use_unstable_protocol=True)
         self._initialized: InitializeResponse | None = None
@@ -57,16 +58,15 @@ class Session:
         self._prompting: asyncio.Task[Any] | None = None
         self.is_broken = False
         self.is_open = False
+        self.on_lost: Callable[[], None] | None = None
+        """Called when nothing more comes from the process."""
 
     @classmethod
-    async def launch(cls, options: AgentClientProtocolOptions) -> "Session":
+    async def launch(cls, options: AgentClientProtocolOptions, cwd: Path) -> "Session":
         """Start the process, which is then to be initialized. Raises AgentError."""
-        executable = options.executable()
-        if executable is None:
+        if (executable := options.executable()) is None:
             raise Failures(options).not_found()
-        cwd = options.common_directory()
         try:
-            await asyncio.to_thread(cwd.mkdir, parents=True, exist_ok=True)
             child = await ChildProcess.start(
                 [executable, *options.args], env=options.environment(), cwd=cwd, max_line_bytes=MAX_LINE_BYTES
             )
@@ -92,7 +92,7 @@ class Session:
     @property
     def is_alive(self) -> bool:
         """Whether the process is there and understood."""
-        return not self.is_broken and self._child.exit_status is None and self._transport.broken is None
+        return not self.is_broken and self._child.exit_status is None and not self._transport.is_at_end
 
     @property
     def is_prompting(self) -> bool:
@@ -210,7 +210,7 @@ class Session:
             failure = await self._outcome(prompting)
             response = None if failure is not None else prompting.result()
             if response is None:
-                last = turn.transcript.end()
+                last = turn.transcript.break_off()
             else:
                 last = turn.transcript.end(response.stop_reason, response.usage)
                 if response.stop_reason != "end_turn":
@@ -269,9 +269,14 @@ class Session:
             update = kind.model_validate(params["update"])
         except (ValidationError, KeyError, TypeError):
             turn.add_strange()
+            await asyncio.sleep(0)  # others have their turn, however many of these there are
         else:
             turn.add(turn.transcript.add(update))
         await turn.room()
+
+    def _on_end(self) -> None:
+        if self.on_lost is not None:
+            self.on_lost()
 
     async def _wait(self, turn: Inbox) -> None:
         """Wait for something to happen. Raises AgentError when nothing does."""

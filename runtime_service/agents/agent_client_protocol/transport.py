@@ -29,20 +29,22 @@ OnUpdate = Callable[[Any], Awaitable[None]]
 
 
 class ChildTransport:
-    """The messages of one child; `on_update` gets the updates, in order.
+    """The messages of one child; `on_update` gets the updates, in order, and `on_end` is called when there are no more.
 
     A line that is no JSON object is left out, as the SDK does, since agents print to their stdout now and then: but not
     a hundred between two messages, and not one that begins as a message does (`{"`), for that was one. `broken` then
     says what is wrong, and the stream is at its end. `heard_at` is the monotonic time of the last message.
     """
 
-    def __init__(self, child: ChildProcess, on_update: OnUpdate) -> None:
+    def __init__(self, child: ChildProcess, on_update: OnUpdate, on_end: Callable[[], None]) -> None:
         self._child = child
         self._on_update = on_update
+        self._on_end = on_end
         self._stray_lines = 0
         self._open_requests = 0
         self._request_answered = asyncio.Event()
         self.broken: str | None = None
+        self.is_at_end = False
         self.is_not_read = False
         """The agent did not read what was sent to it in time."""
         self.heard_at = time.monotonic()
@@ -54,7 +56,8 @@ class ChildTransport:
 
     async def send(self, message: dict[str, Any]) -> None:
         """Send a message. Raises ConnectionError when the child takes none any more, or not in time."""
-        line = msgspec.json.encode(message) + b"\n"
+        # What the SDK says of wrong params may hold an exception.
+        line = msgspec.json.encode(message, enc_hook=str) + b"\n"
         try:
             await self._child.write_line(line, _WRITE_SECONDS)
         except TimeoutError as error:
@@ -67,6 +70,13 @@ class ChildTransport:
 
     async def receive(self) -> dict[str, Any] | None:
         """Return the next request or response; None at the end of the stream, or where it is broken."""
+        message = await self._next()
+        if message is None:
+            self.is_at_end = True
+            self._on_end()
+        return message
+
+    async def _next(self) -> dict[str, Any] | None:
         while True:
             while self._open_requests >= _MAX_OPEN_REQUESTS:
                 self._request_answered.clear()
@@ -108,6 +118,8 @@ class ChildTransport:
                 return None
             message = None
         if isinstance(message, dict) and _is_message(message):
+            if not isinstance(message.get("error", {}), dict | None):
+                self.broken = f"it answered with an error that is none: {_shown(text)}"
             return message
         self._stray_lines += 1
         if self._stray_lines > _MAX_STRAY_LINES:
