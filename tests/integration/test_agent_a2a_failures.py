@@ -369,6 +369,45 @@ def test_a2a_agent_fails_when_polling_brings_nothing_new() -> None:
     assert failure_of(handle, streaming=False, timeout_seconds=0.5).code == "AGENT_SILENT"
 
 
+def test_a2a_agent_fails_when_the_remote_agent_hangs_up_at_once() -> None:
+    """A connection that is closed without an answer is AGENT_UNREACHABLE: nothing has begun that could be cut."""
+
+    async def handle(request: web.Request, call: dict[str, Any]) -> web.StreamResponse:
+        assert request.transport is not None
+        request.transport.abort()
+        raise AssertionError
+
+    error = failure_of(handle)
+    assert error.code == "AGENT_UNREACHABLE"
+    assert "without an answer" in error.message
+
+
+def test_a2a_agent_reads_the_card_again_after_a_failure() -> None:
+    """An agent that has moved is found in the next turn."""
+    paths = iter(["gone", "a2a"])
+
+    async def card(request: web.Request) -> web.StreamResponse:
+        url = f"http://{request.host}/{next(paths)}"
+        interface = {"url": url, "protocolBinding": "JSONRPC", "protocolVersion": "1.0"}
+        return web.json_response(card_of(request, supportedInterfaces=[interface]))
+
+    async def run() -> None:
+        async with serving(streaming(WORKING, piece("here"), COMPLETED), card) as url:
+            agent = A2AAgent(A2AOptions(url))
+            said: list[object] = []
+            with pytest.raises(AgentError) as caught:
+                async for output in agent.run(TurnContext(input="hi", metadata={})):
+                    said.append(output)
+            assert (caught.value.code, said) == ("AGENT_NOT_FOUND", [])
+            for _ in range(2):  # the third turn asks for no card
+                async for output in agent.run(TurnContext(input="hi", metadata={})):
+                    said += output if isinstance(output, tuple) else (output,)
+            assert [each.content for each in said if isinstance(each, Message)] == ["here", "here"]
+            await agent.close()
+
+    run_async(run())
+
+
 @pytest.mark.usefixtures("_brief_pauses")
 @pytest.mark.parametrize("cleanly", [True, False])
 def test_a2a_agent_takes_up_a_stream_that_is_cut(cleanly: bool) -> None:
