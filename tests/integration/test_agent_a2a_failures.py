@@ -15,7 +15,7 @@ import pytest
 from aiohttp import web
 
 from runtime_service.agents import AgentError, Delta, Log, Message, TurnContext
-from runtime_service.agents import a2a_conversation as conversation
+from runtime_service.agents import a2a_connection, a2a_conversation
 from runtime_service.agents.a2a import A2AAgent
 from runtime_service.agents.a2a_options import A2AOptions
 from tests.support import GivenSurroundings, run_async
@@ -134,7 +134,7 @@ def failure_of(handler: Handler, card: CardHandler = give_card, **options: Any) 
 
 @pytest.fixture
 def _brief_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversation, "_TAKE_UP_PAUSES_SECONDS", (0, 0.01, 0.01))
+    monkeypatch.setattr(a2a_conversation, "_TAKE_UP_PAUSES_SECONDS", (0, 0.01, 0.01))
 
 
 def test_a2a_agent_fails_when_nobody_listens() -> None:
@@ -335,8 +335,9 @@ def test_a2a_agent_fails_when_the_remote_agent_is_silent(events: list[object] | 
     assert cancelled == ([{"id": "t"}] if events else [])
 
 
-def test_a2a_agent_fails_when_the_card_does_not_come() -> None:
-    """All turns that wait for the card fail at the end of one time limit."""
+def test_a2a_agent_fails_when_the_card_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All turns that wait for the card fail at the end of one time limit, which is not that of an answer."""
+    monkeypatch.setattr(a2a_connection, "_CALL_SECONDS", 0.4)
 
     async def card(request: web.Request) -> web.StreamResponse:
         await asyncio.Event().wait()
@@ -344,12 +345,13 @@ def test_a2a_agent_fails_when_the_card_does_not_come() -> None:
 
     async def run() -> None:
         async with serving(streaming(), card) as url:
-            agent = A2AAgent(A2AOptions(url, timeout_seconds=0.5))
+            agent = A2AAgent(A2AOptions(url))
 
             async def one() -> str:
                 with pytest.raises(AgentError) as caught:
                     async for _ in agent.run(TurnContext(input="hi", metadata={})):
                         pass
+                assert caught.value.message.endswith("was silent for 0.4 s. Try again.")
                 return caught.value.code
 
             async with asyncio.timeout(10):
