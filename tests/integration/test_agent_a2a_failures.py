@@ -14,8 +14,7 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from runtime_service.agents import AgentError, Delta, Log, Message, TurnContext
-from runtime_service.agents import a2a_connection, a2a_conversation
+from runtime_service.agents import AgentError, Delta, Log, Message, TurnContext, a2a_connection, a2a_conversation
 from runtime_service.agents.a2a import A2AAgent
 from runtime_service.agents.a2a_options import A2AOptions
 from tests.support import GivenSurroundings, run_async
@@ -398,12 +397,11 @@ def test_a2a_agent_reads_the_card_again_after_a_failure() -> None:
             agent = A2AAgent(A2AOptions(url))
             said: list[object] = []
             with pytest.raises(AgentError) as caught:
-                async for output in agent.run(TurnContext(input="hi", metadata={})):
-                    said.append(output)
-            assert (caught.value.code, said) == ("AGENT_NOT_FOUND", [])
+                await anext(agent.run(TurnContext(input="hi", metadata={})))
+            assert caught.value.code == "AGENT_NOT_FOUND"
             for _ in range(2):  # the third turn asks for no card
                 async for output in agent.run(TurnContext(input="hi", metadata={})):
-                    said += output if isinstance(output, tuple) else (output,)
+                    said.extend(output if isinstance(output, tuple) else (output,))
             assert [each.content for each in said if isinstance(each, Message)] == ["here", "here"]
             await agent.close()
 
