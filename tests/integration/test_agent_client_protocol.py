@@ -16,12 +16,14 @@ import psutil
 import pytest
 import uvloop
 
+from runtime_service.agent_check import check_agent
 from runtime_service.agents import (
     AgentError,
     AgentOutput,
     Answer,
     AnsweredBy,
     Delta,
+    Finding,
     HistoryMessage,
     Log,
     Message,
@@ -31,7 +33,7 @@ from runtime_service.agents import (
 )
 from runtime_service.agents.agent_client_protocol.agent import AgentClientProtocolAgent
 from runtime_service.agents.agent_client_protocol.options import AgentClientProtocolOptions
-from runtime_service.registry import load_registry
+from runtime_service.registry import Server, load_registry
 from runtime_service.runs import EventRole, LogLevel
 from tests.support import GivenSurroundings, eventually, run_async
 
@@ -478,6 +480,61 @@ def test_session_is_opened_without_a_turn(play: Callable[[Check], None]) -> None
         )
         assert failure.code == "AGENT_LOGIN_REQUIRED"
         assert not agent_processes()
+
+    play(check)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (
+            ["--load", "--modes", "--models"],
+            [
+                "It speaks version 1 of the Agent Client Protocol, and opens a session: Obedient Agent 1.2.3",
+                "It loads earlier sessions: a run goes on in them after a restart.",
+                "It offers the modes ask, code; by itself it takes ask.",
+                "It offers the models small, large; by itself it takes small.",
+            ],
+        ),
+        (
+            ["--resume"],
+            [
+                "It speaks version 1 of the Agent Client Protocol, and opens a session: Obedient Agent 1.2.3",
+                "It resumes earlier sessions: a run goes on in them after a restart.",
+            ],
+        ),
+        (
+            [],
+            [
+                "It speaks version 1 of the Agent Client Protocol, and opens a session: Obedient Agent 1.2.3",
+                "It takes up no earlier session: after a restart it is given the conversation as context.",
+            ],
+        ),
+    ],
+)
+def test_check_says_what_a_session_shows(play: Callable[[Check], None], arguments: list[str], found: list[str]) -> None:
+    """Who it is, whether it takes up sessions, and what it offers; nothing is left of it."""
+
+    async def check(stage: Stage) -> None:
+        agent = stage.agent("obedient", *arguments)
+        findings = [finding async for finding in agent.check()]
+        assert ([finding.text for finding in findings], {finding.works for finding in findings}) == (found, {True})
+        assert not agent_processes()
+        assert not (stage.folder / "work" / "check").exists()
+
+    play(check)
+
+
+def test_check_tells_that_a_login_is_needed(play: Callable[[Check], None]) -> None:
+    """As a turn would, and executes none."""
+
+    async def check(stage: Stage) -> None:
+        found: list[Finding] = []
+        server = Server("mine", "default", stage.agent("obedient", "--login"), 60)
+        assert not await check_agent(server, found.append, 20)
+        (missing,) = found
+        assert not missing.works
+        assert missing.text.endswith("(AGENT_LOGIN_REQUIRED)")
 
     play(check)
 

@@ -15,7 +15,7 @@ from runtime_service.agents.agent_client_protocol.directory import WorkingDirect
 from runtime_service.agents.agent_client_protocol.failures import Failures
 from runtime_service.agents.agent_client_protocol.options import AgentClientProtocolOptions
 from runtime_service.agents.agent_client_protocol.session import Session
-from runtime_service.agents.base import Agent, AgentError, AgentSays, HistoryMessage, Log, TurnContext
+from runtime_service.agents.base import Agent, AgentError, AgentSays, Finding, HistoryMessage, Log, TurnContext
 from runtime_service.runs import EventRole, LogLevel
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,17 @@ class AgentClientProtocolAgent(Agent):
             return "Agents that are processes need Linux where the runtime service runs."
         self._found = self._found or self._options.executable() is not None
         return None if self._found else self._failures.not_found().message
+
+    async def check(self) -> AsyncGenerator[Finding]:
+        """Open a session, and say what it shows; its working directory is removed again if it was made for it."""
+        session = await self.open_session(run_id="check", server_id="check", thread_id="check")
+        try:
+            for finding in session.findings():
+                yield finding
+        finally:
+            await session.end()
+            if session.directory is not None:
+                await asyncio.to_thread(session.directory.remove)
 
     async def run(self, turn: TurnContext) -> AsyncGenerator[AgentSays]:
         """Prompt the run's session. Raises AgentError."""
