@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 _UPDATE = {"sessionUpdate": "agent_message_chunk", "content": {"type": "text", "text": "hello"}}
@@ -30,6 +31,9 @@ def update(update: object) -> None:
 def prompt(way: str, number: int) -> None:
     """Answer a prompt in the way that is asked for, or not at all."""
     match way:
+        case "thinks":
+            update(_UPDATE | {"sessionUpdate": "agent_thought_chunk"})
+            return
         case "broken":
             update(_UPDATE)
             write('{"jsonrpc": "2.0", "method": "session/upd')
@@ -63,6 +67,12 @@ def prompt(way: str, number: int) -> None:
             send({"id": 902, "method": "no/such", "params": {}})
             answers = sorted(json.loads(sys.stdin.readline())["error"]["code"] for _ in range(3))
             update(_UPDATE | {"content": {"type": "text", "text": json.dumps(answers)}})
+        case "many requests":
+            for n in range(300):
+                send({"id": f"r{n}", "method": "fs/read_text_file", "params": {"sessionId": "s", "path": str(n)}})
+            answers = [json.loads(sys.stdin.readline()) for _ in range(300)]
+            counted = len({answer["id"] for answer in answers if answer["error"]["code"] == -32002})
+            update(_UPDATE | {"content": {"type": "text", "text": f"{counted} answers, "}})
         case "chatty":
             for n in range(3):
                 write(f"a line of {n} that somebody printed, \x00 and {{'a': 1}}")
@@ -113,6 +123,12 @@ def main() -> None:
                     time.sleep(600)
             case "session/prompt":
                 prompt(way, request["id"])
+                if way == "asks later":
+                    option = {"optionId": "yes", "name": "Yes", "kind": "allow_once"}
+                    params = {"sessionId": "s", "toolCall": {"toolCallId": "1"}, "options": [option]}
+                    send({"id": 900, "method": "session/request_permission", "params": params})
+            case None:
+                Path("answer").write_text(line)
 
 
 if __name__ == "__main__":

@@ -566,6 +566,21 @@ def test_permission_is_asked_of_the_caller(play: Callable[[Check], None]) -> Non
     play(check)
 
 
+def test_permission_outside_of_a_turn_is_cancelled(play: Callable[[Check], None]) -> None:
+    """There is nobody to be asked."""
+
+    async def check(stage: Stage) -> None:
+        surroundings = GivenSurroundings(answers=[Answer(AnsweredBy.CALLER, option="yes")])
+        await stage.turn(stage.agent("unruly", "asks later"), "x", surroundings)
+        # The process began in its run's directory.
+        answer = stage.folder / "work" / "run_1" / "answer"
+        await eventually(lambda: answer.exists() and answer.read_text().endswith("\n"))
+        assert json.loads(answer.read_text())["result"] == {"outcome": {"outcome": "cancelled"}}
+        assert not surroundings.asked
+
+    play(check)
+
+
 @pytest.mark.parametrize(
     ("schema", "answer", "result"),
     [
@@ -826,6 +841,7 @@ def test_agent_that_never_reads_fails_its_turn(play: Callable[[Check], None], mo
         ("wrong updates", "hello"),
         ("other session", "[-32602, -32602, -32601]hello"),
         ("emoji", "half ?hello"),
+        ("many requests", "300 answers, hello"),
     ],
 )
 def test_what_is_only_strange_is_left_out(play: Callable[[Check], None], way: str, said: str) -> None:
@@ -925,6 +941,18 @@ def test_silence_is_not_counted_while_a_tool_runs(play: Callable[[Check], None])
         agent = stage.agent("obedient", silence_seconds=0.2)
         steps = [{"do": "terminal", "command": "sleep 0.6; echo done"}]
         assert "done" in text_of(await stage.turn(agent, steps))
+
+    play(check)
+
+
+def test_thought_that_silence_cuts_off_is_said(play: Callable[[Check], None]) -> None:
+    """It may tell why the agent is silent."""
+
+    async def check(stage: Stage) -> None:
+        said: list[AgentOutput] = []
+        turn = stage.collect(said, stage.agent("unruly", "thinks", silence_seconds=0.2), "x")
+        assert (await failure_of(turn)).code == "AGENT_SILENT"
+        assert said[-1] == Log("hello", type="reasoning")
 
     play(check)
 

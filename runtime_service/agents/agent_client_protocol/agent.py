@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import secrets
+import sys
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping
 from contextlib import aclosing
 from functools import partial
@@ -43,7 +44,9 @@ class AgentClientProtocolAgent(Agent):
         self._closed = False
 
     def unavailable_reason(self) -> str | None:
-        """Say so when the command is not there."""
+        """Say so when the command is not there, or no process can be started that is never left behind."""
+        if sys.platform != "linux":
+            return "Agents that are processes need Linux where the runtime service runs."
         self._found = self._found or self._options.executable() is not None
         return None if self._found else self._failures.not_found().message
 
@@ -60,8 +63,8 @@ class AgentClientProtocolAgent(Agent):
 
     async def run(self, turn: TurnContext) -> AsyncGenerator[AgentSays]:
         """Prompt the run's session. Raises AgentError."""
-        if self.unavailable_reason() is not None:
-            raise self._failures.not_found()
+        if (reason := self.unavailable_reason()) is not None:
+            raise AgentError(reason, "AGENT_NOT_FOUND")
         run_id = turn.run_id or secrets.token_hex(8)
         run = self._runs.setdefault(run_id, _Run())
         run.begin()

@@ -193,25 +193,29 @@ class Session:
         prompting = asyncio.create_task(self._connection.prompt(session_id=self.id, prompt=blocks))
         self._prompting = prompting
         prompting.add_done_callback(turn.wake)
+        failure: AgentError | None = None
         try:
             while True:
                 if outputs := turn.take():
                     yield merged(outputs)
+                elif prompting.done():
+                    failure = await self._outcome(prompting)
+                    break
                 elif question := turn.next_question():
                     if outputs := turn.transcript.pause():
                         yield merged(outputs)
                     yield question
-                elif prompting.done():
-                    break
-                else:
-                    await self._wait(turn)
+                elif await self._hears(turn):
                     continue
+                else:
+                    self.is_broken = True
+                    failure = self._failures.silent()
+                    break
                 turn.quiet_since = time.monotonic()
-            failure = await self._outcome(prompting)
-            response = None if failure is not None else prompting.result()
-            if response is None:
+            if failure is not None:
                 last = turn.transcript.break_off()
             else:
+                response = prompting.result()
                 last = turn.transcript.end(response.stop_reason, response.usage)
                 if response.stop_reason != "end_turn":
                     failure = self._failures.stopped(response.stop_reason)
@@ -278,8 +282,8 @@ class Session:
         if self.on_lost is not None:
             self.on_lost()
 
-    async def _wait(self, turn: Inbox) -> None:
-        """Wait for something to happen. Raises AgentError when nothing does."""
+    async def _hears(self, turn: Inbox) -> bool:
+        """Wait for something to happen; False when the agent has been silent for too long."""
         if turn.transcript.has_open_tool_call or self._transport.has_open_request:
             turn.quiet_since = time.monotonic()
         silence = self._options.silence_seconds
@@ -289,9 +293,8 @@ class Session:
                 await turn.ready()
         except TimeoutError:
             busy = turn.transcript.has_open_tool_call or self._transport.has_open_request
-            if not busy and max(turn.quiet_since, self._transport.heard_at) + silence <= time.monotonic():
-                self.is_broken = True
-                raise self._failures.silent() from None
+            return busy or max(turn.quiet_since, self._transport.heard_at) + silence > time.monotonic()
+        return True
 
     async def _outcome(self, prompting: asyncio.Task[Any]) -> AgentError | None:
         error = ConnectionError("closed") if prompting.cancelled() else prompting.exception()
