@@ -11,7 +11,7 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 import httpx
-from a2a.client import A2ACardResolver, A2AClientError, Client, ClientConfig, ClientFactory
+from a2a.client import A2ACardResolver, Client, ClientConfig, ClientFactory
 from a2a.types import (
     AgentCard,
     CancelTaskRequest,
@@ -25,7 +25,6 @@ from a2a.types import (
     SubscribeToTaskRequest,
     Task,
 )
-from a2a.utils.errors import A2AError
 
 from runtime_service.agents.a2a_failures import StreamCut, TaskUnknown, TooLarge, cut, failure_of, silent
 from runtime_service.agents.a2a_options import A2AOptions
@@ -147,33 +146,35 @@ class Connection:
                 changed_at = loop.time()
                 pause = _FIRST_POLL_SECONDS
             elif loop.time() - changed_at > self._options.timeout_seconds:
-                raise silent(self._options)
+                raise silent(self._options, self._options.timeout_seconds)
             else:
                 pause = min(2 * pause, _LAST_POLL_SECONDS)
 
     async def _responses(self, stream: AsyncIterator[StreamResponse]) -> AsyncGenerator[StreamResponse]:
         """Hand on the stream; each response in its time."""
         begun = False
+        seconds = self._options.timeout_seconds
         # The library declares less than it gives.
         assert isinstance(stream, AsyncGenerator)
         async with aclosing(stream):
             while True:
                 try:
-                    async with asyncio.timeout(self._options.timeout_seconds):
+                    async with asyncio.timeout(seconds):
                         response = await anext(stream, None)
                 except Exception as error:  # the library does not say what it raises
-                    raise self._failed(error, begun=begun) from error
+                    raise self._failed(error, seconds, begun=begun) from error
                 if response is None:
                     return
                 begun = True
                 yield response
 
     async def _called(self, call: Awaitable[_T], *, begun: bool = False) -> _T:
+        seconds = min(_CALL_SECONDS, self._options.timeout_seconds)
         try:
-            async with asyncio.timeout(min(_CALL_SECONDS, self._options.timeout_seconds)):
+            async with asyncio.timeout(seconds):
                 return await call
         except Exception as error:  # the library does not say what it raises
-            raise self._failed(error, begun=begun) from error
+            raise self._failed(error, seconds, begun=begun) from error
 
     async def _open_client(self) -> Client:
         now = asyncio.get_running_loop().time()
@@ -232,13 +233,12 @@ class Connection:
             message = f"The card of the agent at {options.host} cannot be used."
             raise AgentError(message, "AGENT_CARD_INVALID") from error
 
-    def _failed(self, error: Exception, *, begun: bool) -> AgentError:
-        """Translate; after all but a plain answer the card is read again next time."""
-        if isinstance(error, A2AClientError) or not isinstance(error, A2AError):
-            self._client = None
+    def _failed(self, error: Exception, seconds: float, *, begun: bool) -> AgentError:
+        """Translate; the card is read again next time."""
+        self._client = None
         kind, said = type(error).__name__, self._options.quoted(str(error))
         log.warning("the agent at %s failed: %s: %s", self._options.host, kind, said)
-        return failure_of(error, self._options, begun=begun)
+        return failure_of(error, self._options, seconds=seconds, begun=begun)
 
 
 class _BoundedClient(httpx.AsyncClient):

@@ -42,8 +42,8 @@ class TooLarge(httpx.RequestError):
     """The agent sent more at once than is taken."""
 
 
-def failure_of(error: Exception, options: A2AOptions, *, begun: bool = False) -> AgentError:
-    """Translate; `begun` says that the agent had answered already."""
+def failure_of(error: Exception, options: A2AOptions, *, seconds: float, begun: bool) -> AgentError:
+    """Translate; the agent had `seconds`, and `begun` says that it had answered already."""
     agent = f"The agent at {options.host}"
     causes = list(_causes(error))
     if any(isinstance(cause, TooLarge) for cause in causes):
@@ -63,7 +63,7 @@ def failure_of(error: Exception, options: A2AOptions, *, begun: bool = False) ->
         if isinstance(cause, httpx.NetworkError | httpx.ProtocolError | httpx.ConnectTimeout):
             return cut(options) if begun else _gone(agent)
         if isinstance(cause, httpx.TimeoutException | TimeoutError):
-            return silent(options)
+            return silent(options, seconds)
     if isinstance(error, InternalError) or (isinstance(error, A2AError) and error.message.startswith("JSON-RPC Error")):
         return AgentError(f"{agent} failed: {options.quoted(error.message)}. Try again later.", "AGENT_ERROR")
     if isinstance(error, AgentCardResolutionError):
@@ -74,9 +74,10 @@ def failure_of(error: Exception, options: A2AOptions, *, begun: bool = False) ->
     return AgentError(f"What the agent at {options.host} sent is not of the A2A protocol.", "AGENT_PROTOCOL_ERROR")
 
 
-def silent(options: A2AOptions) -> AgentError:
+def silent(options: A2AOptions, seconds: float) -> AgentError:
     """Return the failure of an agent that says nothing."""
-    message = f"The agent at {options.host} was silent for {options.timeout_seconds:g} s (timeout_seconds). Try again."
+    setting = " (timeout_seconds)" if seconds == options.timeout_seconds else ""
+    message = f"The agent at {options.host} was silent for {seconds:g} s{setting}. Try again."
     return AgentError(message, "AGENT_SILENT")
 
 

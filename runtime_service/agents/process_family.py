@@ -6,6 +6,7 @@ away all three of them is not found. It does not know what the children do, nor 
 """
 
 import asyncio
+import atexit
 import os
 import secrets
 import subprocess
@@ -23,6 +24,7 @@ from runtime_service.agents import process_guard
 _NAME = "ACP_RUNTIME_CHILD"
 _RUNTIME = f"{secrets.token_hex(16)}."
 _MARK = f"{_NAME}={_RUNTIME}"
+_DISMISS_SECONDS = 2.0
 
 
 class Family:
@@ -86,8 +88,16 @@ class _Guard:
         finally:
             os.close(reading)
 
+    def dismiss(self) -> None:
+        """Let it end, as it does when this process has ended; so that nobody finds it unwaited for."""
+        if self._process is not None and self._pipe is not None:
+            self._pipe.close()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_DISMISS_SECONDS)
+
 
 _guard = _Guard()
+atexit.register(_guard.dismiss)
 _numbers = count(1)
 _requests: "SimpleQueue[tuple[Family, int, bool, Future[set[int]]]]" = SimpleQueue()
 _looking = ThreadPoolExecutor(1, thread_name_prefix="child-processes")

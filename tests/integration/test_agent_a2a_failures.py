@@ -14,8 +14,7 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from runtime_service.agents import AgentError, Delta, Log, Message, TurnContext
-from runtime_service.agents import a2a_conversation as conversation
+from runtime_service.agents import AgentError, Delta, Log, Message, TurnContext, a2a_connection, a2a_conversation
 from runtime_service.agents.a2a import A2AAgent
 from runtime_service.agents.a2a_options import A2AOptions
 from tests.support import GivenSurroundings, run_async
@@ -134,7 +133,7 @@ def failure_of(handler: Handler, card: CardHandler = give_card, **options: Any) 
 
 @pytest.fixture
 def _brief_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversation, "_TAKE_UP_PAUSES_SECONDS", (0, 0.01, 0.01))
+    monkeypatch.setattr(a2a_conversation, "_TAKE_UP_PAUSES_SECONDS", (0, 0.01, 0.01))
 
 
 def test_a2a_agent_fails_when_nobody_listens() -> None:
@@ -335,8 +334,9 @@ def test_a2a_agent_fails_when_the_remote_agent_is_silent(events: list[object] | 
     assert cancelled == ([{"id": "t"}] if events else [])
 
 
-def test_a2a_agent_fails_when_the_card_does_not_come() -> None:
-    """All turns that wait for the card fail at the end of one time limit."""
+def test_a2a_agent_fails_when_the_card_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All turns that wait for the card fail at the end of one time limit, which is not that of an answer."""
+    monkeypatch.setattr(a2a_connection, "_CALL_SECONDS", 0.4)
 
     async def card(request: web.Request) -> web.StreamResponse:
         await asyncio.Event().wait()
@@ -344,12 +344,13 @@ def test_a2a_agent_fails_when_the_card_does_not_come() -> None:
 
     async def run() -> None:
         async with serving(streaming(), card) as url:
-            agent = A2AAgent(A2AOptions(url, timeout_seconds=0.5))
+            agent = A2AAgent(A2AOptions(url))
 
             async def one() -> str:
                 with pytest.raises(AgentError) as caught:
                     async for _ in agent.run(TurnContext(input="hi", metadata={})):
                         pass
+                assert caught.value.message.endswith("was silent for 0.4 s. Try again.")
                 return caught.value.code
 
             async with asyncio.timeout(10):
@@ -367,6 +368,44 @@ def test_a2a_agent_fails_when_polling_brings_nothing_new() -> None:
         return web.json_response({"jsonrpc": "2.0", "id": 1, "result": result})
 
     assert failure_of(handle, streaming=False, timeout_seconds=0.5).code == "AGENT_SILENT"
+
+
+def test_a2a_agent_fails_when_the_remote_agent_hangs_up_at_once() -> None:
+    """A connection that is closed without an answer is AGENT_UNREACHABLE: nothing has begun that could be cut."""
+
+    async def handle(request: web.Request, call: dict[str, Any]) -> web.StreamResponse:
+        assert request.transport is not None
+        request.transport.abort()
+        raise AssertionError
+
+    error = failure_of(handle)
+    assert error.code == "AGENT_UNREACHABLE"
+    assert "without an answer" in error.message
+
+
+def test_a2a_agent_reads_the_card_again_after_a_failure() -> None:
+    """An agent that has moved is found in the next turn."""
+    paths = iter(["gone", "a2a"])
+
+    async def card(request: web.Request) -> web.StreamResponse:
+        url = f"http://{request.host}/{next(paths)}"
+        interface = {"url": url, "protocolBinding": "JSONRPC", "protocolVersion": "1.0"}
+        return web.json_response(card_of(request, supportedInterfaces=[interface]))
+
+    async def run() -> None:
+        async with serving(streaming(WORKING, piece("here"), COMPLETED), card) as url:
+            agent = A2AAgent(A2AOptions(url))
+            said: list[object] = []
+            with pytest.raises(AgentError) as caught:
+                await anext(agent.run(TurnContext(input="hi", metadata={})))
+            assert caught.value.code == "AGENT_NOT_FOUND"
+            for _ in range(2):  # the third turn asks for no card
+                async for output in agent.run(TurnContext(input="hi", metadata={})):
+                    said.extend(output if isinstance(output, tuple) else (output,))
+            assert [each.content for each in said if isinstance(each, Message)] == ["here", "here"]
+            await agent.close()
+
+    run_async(run())
 
 
 @pytest.mark.usefixtures("_brief_pauses")

@@ -23,10 +23,10 @@ URL = "http://a.example"
 WORKING, ASKING = TaskState.TASK_STATE_WORKING, TaskState.TASK_STATE_INPUT_REQUIRED
 
 
-def updates(remembered: dict[str, object] | None = None) -> Updates:
+def updates(remembered: dict[str, object] | None = None, turn: int = 1) -> Updates:
     """What takes responses in; knows the task and the context already unless told otherwise."""
     known = {"taskId": "t", "contextId": "c", "turn": 1, "url": URL} if remembered is None else remembered
-    return Updates(A2AOptions(URL), 1, known)
+    return Updates(A2AOptions(URL), turn, known)
 
 
 def status(state: TaskState, text: str = "", message_id: str = "m") -> TaskStatus:
@@ -124,5 +124,5 @@ def test_updates_log_a_context_once_in_a_run() -> None:
     first, message = said(updates({}), hello)
     assert isinstance(first, Log)
     assert first.metadata == {"taskId": None, "contextId": "c", "turn": 1, "url": URL}
-    assert said(updates(dict(first.metadata)), hello) == [message]
+    assert said(updates(dict(first.metadata), turn=2), hello) == [message]
     assert isinstance(message, Message)
