@@ -535,6 +535,7 @@ def test_check_tells_that_a_login_is_needed(play: Callable[[Check], None]) -> No
         (missing,) = found
         assert not missing.works
         assert missing.text.endswith("(AGENT_LOGIN_REQUIRED)")
+        assert list(stage.folder.glob("work/*")) == []
 
     play(check)
 

@@ -93,7 +93,7 @@ class AgentClientProtocolAgent(Agent):
         try:
             await self._open(run, path, {})
         except BaseException:
-            await asyncio.wait([self._spawn(self._end(run))])
+            await asyncio.wait([self._spawn(self._discard(run))])
             raise
         session, run.session = run.session, None
         assert session is not None
@@ -267,6 +267,12 @@ class AgentClientProtocolAgent(Agent):
             await asyncio.wait([before])
         await self._end(run)
         if run.directory is not None and self._options.remove_working_directory:
+            await asyncio.to_thread(run.directory.remove)
+
+    async def _discard(self, run: "_Run") -> None:
+        """Leave nothing of a session that is no run's."""
+        await self._end(run)
+        if run.directory is not None:
             await asyncio.to_thread(run.directory.remove)
 
     async def _end(self, run: "_Run") -> None:
