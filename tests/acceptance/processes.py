@@ -286,6 +286,14 @@ class Up:
         assert found is not None
         return found
 
+    def documents(self, path: str, body: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+        """What a stream says, as it comes; it is posted to where there is a body."""
+        method = "GET" if body is None else "POST"
+        with self.http.stream(method, path, json=body, headers={"Accept": "text/event-stream"}) as answer:
+            for line in answer.iter_lines():
+                if line.startswith("data: "):
+                    yield json.loads(line.removeprefix("data: "))
+
     def until_said(self, path: str, text: str) -> None:
         """Return once the run's log, or the text in the making, says this."""
         with self.http.stream("GET", path + "/events", headers={"Accept": "text/event-stream"}) as answer:
