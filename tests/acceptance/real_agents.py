@@ -73,19 +73,22 @@ class _CannotInstall(Exception):
 
 
 def _run(*command: str, **environment: str) -> None:
-    ended = subprocess.run(
-        command,
-        env={**os.environ, **environment},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=_LIMIT_SECONDS,
-        check=False,
-    )
+    try:
+        ended = subprocess.run(
+            command,
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=_LIMIT_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise _CannotInstall(str(error)) from error
     if ended.returncode != 0:
-        lines = ended.stdout.strip().splitlines() or [f"exit code {ended.returncode}"]
-        raise _CannotInstall(f"{' '.join(command[:5])} …: {lines[-1]}")
+        last = " · ".join(ended.stdout.strip().splitlines()[-3:])
+        raise _CannotInstall(f"`{command[0]} {command[1]} …` failed with {ended.returncode}: {last}")
 
 
 def _homes(folder: Path) -> dict[str, str]:
@@ -115,7 +118,7 @@ def _pythons() -> Iterator[str]:
     for candidate in candidates:
         try:
             _run(candidate, "-c", "import sys, venv; sys.exit(not (3, 12) <= sys.version_info < (3, 15))")
-        except (_CannotInstall, OSError):
+        except _CannotInstall:
             continue
         yield candidate
 

@@ -56,13 +56,18 @@ class Play(ABC):
         """Continue a run, or answer its question."""
         return self.shared.http.post(path + "/input", json={"content": content})
 
-    def start_work(self) -> str:
-        """Start a run that knows FACT and is at work; return its path."""
-        path = self.start(FACT).headers["Location"]
+    def start_known(self) -> tuple[str, dict[int, str]]:
+        """Start a run that knows FACT; return its path, and the processes of its agent."""
+        before = self.processes()
+        answer = self.start(FACT)
+        assert (answer.status_code, answer.json()["run"]["status"]) == (201, "completed"), answer.text
+        return answer.headers["Location"], dict(self.processes().items() - before.items())
+
+    def start_work(self, path: str) -> None:
+        """Continue a run with work, and return in the middle of it."""
         answer = self.shared.http.post(path + "/input", json={"content": self.work, "mode": "async"})
         assert answer.status_code == 202, answer.text
         until(lambda: self.works(path), "the agent at work")
-        return path
 
     def processes(self) -> dict[int, str]:
         """What runs in the agents' working directories, with its command."""
@@ -75,6 +80,10 @@ class Play(ABC):
             if self.work_folder in [folder, *folder.parents]:
                 found[pid] = command.replace("\0", " ")
         return found
+
+    def commands(self) -> list[str]:
+        """The commands that agents run."""
+        return [command for command in self.processes().values() if command.startswith("sleep")]
 
     @property
     def work_folder(self) -> Path:
@@ -96,7 +105,7 @@ class FastAgent(Play):
     reject = "reject_once"
 
     def works(self, path: str) -> object:
-        return any("sleep 300" in command for command in self.processes().values())
+        return self.commands()
 
     def remembers(self, path: str) -> bool:
         answer = self.go_on(path, "/history")
@@ -253,33 +262,35 @@ def test_agent_asks_before_it_writes(play: Play) -> None:
 
 def test_agent_is_cancelled_and_goes_on(play: Play) -> None:
     """A cancel ends what it does, not its process: the next turn knows the one before."""
-    path = play.start_work()
-    before = play.processes()
+    path, agent = play.start_known()
+    play.start_work(path)
     cancelled = play.shared.http.post(path + "/cancel", json={}).json()
     assert cancelled["run"]["status"] == "cancelled"
     assert play.remembers(path)
-    assert play.processes().items() <= before.items()
-    assert not any("sleep" in command for command in play.processes().values())
+    assert agent.items() <= play.processes().items()
+    assert not play.commands()
 
 
 def test_agent_that_is_killed_fails_its_turn_alone(play: Play) -> None:
     """kill -9 of the agent is a failed turn that says so; the next one finds the session again, in a new process."""
-    path = play.start_work()
-    agents = {pid for pid, command in play.processes().items() if play.agent.version in command}
-    for pid in agents:
-        if Path(f"/proc/{pid}/cwd").readlink() == play.note(path).parent:
-            os.kill(pid, signal.SIGKILL)
+    path, agent = play.start_known()
+    play.start_work(path)
+    for pid in agent:
+        os.kill(pid, signal.SIGKILL)
     run = play.shared.until_ended(path)["run"]
-    assert (run["status"], run["error"]) == ("failed", "…"), run
-    assert not any("sleep" in command for command in play.processes().values())
+    assert run["status"] == "failed", run
+    assert "was ended by the signal SIGKILL" in run["error"], run
+    assert not play.commands()
     assert play.remembers(path)
+    assert not any(is_alive(pid) for pid in agent)
 
 
 def test_no_agent_outlives_a_runtime_that_is_killed(play: Play) -> None:
     """kill -9 of the runtime in the middle of a turn leaves no process; the next runtime finds the session again."""
-    path = play.start_work()
+    path, agent = play.start_known()
+    play.start_work(path)
     processes = play.processes()
-    assert processes
+    assert agent.items() <= processes.items()
     killed = play.shared.runtime_pid
     os.kill(killed, signal.SIGKILL)
     until(lambda: not any(is_alive(pid) for pid in processes), "the end of all that the agents ran")
