@@ -21,6 +21,7 @@ AGENT_KINDS: dict[str, str] = {
     "python": "runtime_service.agents.python:PythonAgent",
     "openai": "runtime_service.agents.openai:OpenAIAgent",
     "local": "runtime_service.agents.local:LocalAgent",
+    "agent_client_protocol": "runtime_service.agents.agent_client_protocol.agent:AgentClientProtocolAgent",
 }
 """Each kind of agent and its class, imported when a server names it."""
 

@@ -1,7 +1,7 @@
 """Child processes that speak in lines over their stdin and stdout, and are never left behind.
 
 It knows nothing of agents and of what the lines mean. A child that is ended takes with it whatever it started, and so
-does the end of the runtime, also by SIGKILL: see `process_guard`. Linux: it needs pidfd and /proc.
+does the end of the runtime, also by SIGKILL: see `process_family`. Linux: it needs pidfd and /proc.
 
 Neither asyncio's nor uvloop's subprocesses, because uvloop forks the whole runtime on the loop (48 ms with 1.5 GB,
 against 1 ms of `subprocess`, which uses vfork), asyncio 3.11 has a thread a child, and both reap a child when it dies,
@@ -11,30 +11,26 @@ so that its process group may be a stranger's by the time that it is killed.
 import asyncio
 import logging
 import os
-import secrets
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from itertools import count
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from typing import IO, NamedTuple
+from typing import IO
 from weakref import WeakKeyDictionary
 
-from runtime_service.agents import process_guard
+from runtime_service.agents.process_family import Family
 
 log = logging.getLogger(__name__)
 
-# A variable of every child's environment: this runtime's mark, and the number of the child.
-_MARK = f"ACP_RUNTIME_CHILD={secrets.token_hex(16)}."
-_GUARD_SCRIPT = Path(process_guard.__file__)
 _READ_BYTES = 1 << 16
 _ERRORS_BYTES = 4096
 _KILL_SECONDS = 10.0
 """How long an end waits for what it has killed. A process that waits for its disk dies later."""
+
+# Held while a child is started.
+_starting: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 
 
 class LineTooLong(ValueError):
@@ -47,14 +43,14 @@ class ChildProcess:
     One task at a time may read. A call that was cancelled or timed out leaves everything usable.
     """
 
-    def __init__(self, process: "subprocess.Popen[bytes]", number: str, max_line_bytes: int) -> None:
+    def __init__(self, process: "subprocess.Popen[bytes]", family: Family, max_line_bytes: int) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None
         self._pidfd = os.pidfd_open(process.pid)
         self.pid = process.pid
         self._process = process
-        self._number = number
+        self._family = family
         self._max_line_bytes = max_line_bytes
         loop = asyncio.get_running_loop()
         self._loop = loop
@@ -84,10 +80,10 @@ class ChildProcess:
         # One at a time, and between two the loop has its turn.
         async with _starting.setdefault(asyncio.get_running_loop(), asyncio.Lock()):
             await asyncio.sleep(0)
-            number = str(next(_numbers))
-            process = _start(command, env, cwd, number)
+            family = Family()
+            process = _start(command, env, cwd, family)
             try:
-                return cls(process, number, max_line_bytes)
+                return cls(process, family, max_line_bytes)
             except BaseException:
                 with process:
                     process.kill()
@@ -110,6 +106,14 @@ class ChildProcess:
                 del self._read[:length]
                 return line
             searched = length
+
+    async def read(self) -> bytes:
+        """Return what there is of stdout, at least a byte, then b"" at its end, which is that of `read_line`."""
+        while not self._read and await self._read_more():
+            pass
+        data = bytes(self._read)
+        self._read.clear()
+        return data
 
     async def write_line(self, line: bytes, timeout_seconds: float) -> None:
         """Write a line, which brings its newline, after those that others are writing.
@@ -147,23 +151,23 @@ class ChildProcess:
         await asyncio.shield(self._ending)
 
     async def _end(self, grace_seconds: float) -> None:
-        known: frozenset[tuple[int, int]] = frozenset()
+        left: set[int] = set()
         try:
             self._stdin.close()
             if not self._exited.done():
                 # Whom it has started in other sessions can be seen as long as it lives.
-                known = await _look(self._number, self.pid, known, kill=False)
+                await self._family.look(self.pid)
                 self._signal_group(signal.SIGTERM)
                 with suppress(TimeoutError):
                     async with asyncio.timeout(grace_seconds):
                         await self.wait()
             self._signal_group(signal.SIGKILL)
             async with asyncio.timeout(_KILL_SECONDS):
-                while known := await _look(self._number, self.pid, known, kill=True):  # noqa: ASYNC110 - nobody tells
+                while left := await self._family.look(self.pid, kill=True):  # noqa: ASYNC110 - nobody tells
                     await asyncio.sleep(0.002)
                 await self.wait()
         except TimeoutError:
-            log.error("processes that cannot be killed: %s", sorted(pid for pid, _ in known))
+            log.error("processes that cannot be killed: %s", sorted(left))
         except OSError as error:
             log.error("what a child process has left could not be looked for", exc_info=error)
         finally:
@@ -276,52 +280,15 @@ class _PipeEnd:
             self.wake()
 
 
-class _Guard:
-    """The process that kills what is left when this one has ended, however it did."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        self._pipe: IO[bytes] | None = None
-
-    def ensure(self) -> None:
-        """Start it unless it lives."""
-        if self._process is not None and self._process.poll() is None:
-            return
-        if self._pipe is not None:
-            self._pipe.close()
-        # Nobody else inherits the writing end, so its end is this process's; and the guard's own environment is empty.
-        reading, writing = os.pipe()
-        self._pipe = os.fdopen(writing, "wb", buffering=0)
-        try:
-            self._process = subprocess.Popen(  # noqa: S603 - our own
-                [sys.executable, "-I", "-S", str(_GUARD_SCRIPT), _MARK],
-                stdin=reading,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env={},
-                cwd="/",
-                start_new_session=True,
-            )
-        finally:
-            os.close(reading)
-
-
-_guard = _Guard()
-_numbers = count(1)
-_starting: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
-
-
-def _start(command: Sequence[str], env: Mapping[str, str], cwd: Path, number: str) -> "subprocess.Popen[bytes]":
-    name, _, value = f"{_MARK}{number}".partition("=")
+def _start(command: Sequence[str], env: Mapping[str, str], cwd: Path, family: Family) -> "subprocess.Popen[bytes]":
     try:
-        _guard.ensure()
         return subprocess.Popen(  # noqa: S603 - as it is configured
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             bufsize=0,
-            env={**env, name: value},
+            env={**env, **family.mark()},
             cwd=cwd,
             start_new_session=True,
         )
@@ -331,11 +298,11 @@ def _start(command: Sequence[str], env: Mapping[str, str], cwd: Path, number: st
 
 def _why(error: OSError, program: str, cwd: Path) -> str:
     """Say it to the one who configured the command."""
-    if not cwd.exists():
-        return f"The working directory {cwd} does not exist."
-    if not cwd.is_dir():
-        return f"The working directory {cwd} is no directory."
     if error.filename is not None and os.fspath(error.filename) == os.fspath(cwd):
+        if isinstance(error, FileNotFoundError):
+            return f"The working directory {cwd} does not exist."
+        if isinstance(error, NotADirectoryError):
+            return f"The working directory {cwd} is no directory."
         return f"The working directory {cwd} may not be entered."
     if isinstance(error, FileNotFoundError):
         place = "is not there, or what it is a script for is not" if "/" in program else "was not found on the PATH"
@@ -343,52 +310,3 @@ def _why(error: OSError, program: str, cwd: Path) -> str:
     if isinstance(error, PermissionError):
         return f"The command {program} is not executable."
     return f"The command {program} could not be started: {error.strerror}."
-
-
-class _Request(NamedTuple):
-    """Who belongs to the child `number`, whose pid is `leader`? `known` belonged to it before."""
-
-    number: bytes
-    leader: int
-    known: frozenset[tuple[int, int]]
-    kill: bool
-    answer: "Future[frozenset[tuple[int, int]]]"
-
-
-_requests: SimpleQueue[_Request] = SimpleQueue()
-_looking = ThreadPoolExecutor(1, thread_name_prefix="child-processes")
-
-
-async def _look(
-    number: str, leader: int, known: frozenset[tuple[int, int]], *, kill: bool
-) -> frozenset[tuple[int, int]]:
-    """Return pid and start of each process that lives and belongs to a child, and kill them if asked."""
-    answer: Future[frozenset[tuple[int, int]]] = Future()
-    _requests.put(_Request(number.encode(), leader, known, kill, answer))
-    _looking.submit(_answer_requests)
-    return await asyncio.wrap_future(answer)
-
-
-def _answer_requests() -> None:
-    """Look at all processes once for everybody who asked by now: a look takes as long for a hundred as for one."""
-    requests = []
-    with suppress(Empty):
-        while True:
-            requests.append(_requests.get_nowait())
-    requests = [request for request in requests if request.answer.set_running_or_notify_cancel()]
-    if not requests:
-        return
-    try:
-        living = process_guard.processes()
-        numbers = process_guard.marked(list(living), _MARK.encode())
-    except OSError as error:
-        for request in requests:
-            request.answer.set_exception(error)
-        return
-    for request in requests:
-        seeds = {pid for pid, start in request.known if pid in living and living[pid].start == start}
-        seeds.update(pid for pid, number in numbers.items() if number == request.number)
-        members = process_guard.family(living, seeds, {request.leader})
-        if request.kill:
-            process_guard.kill(members)
-        request.answer.set_result(frozenset((pid, living[pid].start) for pid in members))

@@ -277,7 +277,7 @@ class RunStore(Protocol):
         """
 
     async def read_latest_log(self, run_id: str, log_type: str) -> RunEvent | None:
-        """Return the newest event of the run's execution log with this type, None where there is none."""
+        """Return the newest event of the run's log with this type, None where there is none."""
 
     async def close(self) -> None:
         """Finish the writes that were asked for, then close."""

@@ -34,7 +34,7 @@ class Held(msgspec.Struct, frozen=True):
 
 
 class Extended(msgspec.Struct, frozen=True, array_like=True):
-    """What came of the turn `n` of a batch: the run as it is behind it."""
+    """What came of the turn `n` of a batch: the run as it is behind it, and the question that it had before."""
 
     n: int
     last_sequence: int
@@ -193,7 +193,7 @@ class _Row:
                 updated_at_ms=step.at,
                 last_turn=end.last_turn,
                 turn=step.turn,
-                question=end.question,
+                question=end.question if step.turn.status is _RUNNING else None,
             )
             step.asked.tell(Change(run, place_events(step.events, step.turn.number, sequence)))
         for asked in self._drafts:

@@ -26,7 +26,7 @@ from runtime_service.event_log import FollowOptions
 from runtime_service.executor import ExecutorLimits
 from runtime_service.live_run import Update
 from runtime_service.questions import QuestionSettings
-from runtime_service.runs import EventRole, Run, RunStatus
+from runtime_service.runs import TERMINAL, EventRole, Run, RunStatus
 from runtime_service.store.base import NewTurn
 from runtime_service.validation import checked_request
 from tests.stores import Stores
@@ -57,7 +57,7 @@ async def until_asking(there: Runtime, run: Run) -> Run:
 
     async def asking() -> bool:
         found[:] = [await there.get(run)]
-        assert found[0].status is RunStatus.RUNNING or found[0].last_turn > 1, found
+        assert found[0].status not in TERMINAL or found[0].last_turn > 1, found
         return found[0].is_asking
 
     await there.until(asking)

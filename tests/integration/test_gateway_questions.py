@@ -2,7 +2,6 @@
 
 import asyncio
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -92,17 +91,17 @@ def test_stream_goes_on_across_a_question(tmp_path: Path, accept: str) -> None:
             serving(tmp_path) as stack,
             stack.stream("POST", RUNS, {"content": "go"}, accept=accept) as stream,
         ):
-            frames: list[dict[str, Any]] = []
+            threads: list[str] = []
+            given = {"Delete a.txt?": "allow", "What is your name?": "Ada"}
             async for frame in stream.frames():
-                frames.append(frame.document)
-                run = frame.document.get("run", {})
-                if run.get("threadStatus") == "permission_asked":
-                    asked = [each["event"]["content"] for each in frames if each["type"] == "run.event"]
-                    given = "allow" if asked[-1] == "Delete a.txt?" else "Ada"
-                    assert (await answer(stack, run["id"], given, mode="async")).status == 202
-            thread = [each["run"]["threadStatus"] for each in frames if "run" in each]
-            assert thread == ["running", "permission_asked", "running", "permission_asked", "running", "completed"]
-            assert frames[-1]["type"] == "stream.completed"
+                threads += [frame.document["run"]["threadStatus"]] if "run" in frame.document else []
+                event = frame.document.get("event", {})
+                if event.get("logType") == "permission_request":
+                    run = event["id"].rpartition("_")[0].replace("event", "run")
+                    assert (await answer(stack, run, given[event["content"]], mode="async")).status == 202
+            assert (threads[0], threads[-1]) == ("running", "completed")
+            assert set(threads) == {"running", "permission_asked", "completed"}
+            assert frame.type == "stream.completed"
 
     run_async(main())
 

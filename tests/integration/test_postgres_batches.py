@@ -17,13 +17,15 @@ from runtime_service.store.base import Change, NewRun, Outcome, TurnKey, TurnLos
 from runtime_service.store.postgres import PostgresStore
 from runtime_service.store.postgres_batch import Batch, Held
 from runtime_service.store.postgres_connection import QUERIES
-from runtime_service.store.postgres_rows import LIST_RUNS
+from runtime_service.store.postgres_rows import LIST_RUNS, run_from_row
 from tests.integration.test_run_store_batches import ask, told
 from tests.stores import PostgresStores
 from tests.support import (
     ALL,
+    OPTIONS,
     ORGANIZATION,
     SERVER,
+    answer_to,
     cancel_of,
     contents,
     flood,
@@ -31,6 +33,7 @@ from tests.support import (
     log_of,
     new_run,
     next_turn,
+    question,
     run_async,
     running,
     said,
@@ -41,7 +44,21 @@ ONES = st.sampled_from([1, 1, 1, 2])
 # Mostly of one run that is there; no claims: one sees all that is in its batch, also what was asked for behind it.
 WRITES = st.lists(
     st.tuples(
-        st.sampled_from(["start", "append", "log", "finish", "draft", "release", "continue", "cancel"]),
+        st.sampled_from(
+            [
+                "start",
+                "append",
+                "log",
+                "finish",
+                "draft",
+                "release",
+                "continue",
+                "cancel",
+                "ask",
+                "ask with text",
+                "answer",
+            ]
+        ),
         st.sampled_from([0, 0, 0, 1]),  # which run
         ONES,  # which turn
         ONES,  # which epoch
@@ -50,7 +67,7 @@ WRITES = st.lists(
     max_size=8,
 )
 STORED = """
-SELECT 1, ROW(message_count, last_sequence, last_turn, status)::text FROM acp.runs WHERE id = '{run_id}'
+SELECT 1, ROW(message_count, last_sequence, last_turn, status, question)::text FROM acp.runs WHERE id = '{run_id}'
 UNION ALL
 SELECT 2, ROW(number, status, first_sequence, output, error, attempt, epoch, ready, draft, holder IS NULL)::text
 FROM acp.turns WHERE run_key = (SELECT run_key FROM acp.runs WHERE id = '{run_id}')
@@ -302,6 +319,11 @@ def test_cost_does_not_grow_with_what_is_stored(stores: PostgresStores) -> None:
             keys = [held[new.id].key for new in news]
             pages["append"] = await write(*(writes.Extend(key, said("a", "b")) for key in keys), held=held)
             pages["draft"] = await write(writes.SaveDraft(keys[0], "half"), held=held)
+            pages["ask"] = await write(writes.ask_question(keys[1], [question()], OPTIONS))
+            asking = (QUERIES["get_run"], news[1].id, ORGANIZATION, SERVER, None)
+            answer = answer_to(run_from_row((await connection.fetch(*asking))[0], "me"), request_id=new_run_id())
+            pages["answer"] = await write(writes.answer_question(answer))
+            assert not run_from_row((await connection.fetch(*asking))[0], "me").is_asking
             pages["continue"] = await write(
                 writes.continue_run(next_turn(news[0], request_id=new_run_id()), claim=True)
             )
@@ -322,6 +344,7 @@ def test_cost_does_not_grow_with_what_is_stored(stores: PostgresStores) -> None:
             pages["run_key"] = await pages_of(connection, QUERIES["run_key"], run_id, ORGANIZATION, SERVER)
             pages["read_events"] = await pages_of(connection, read["read_events"], run_id, 0, 100, ALL)
             pages["read_messages"] = await pages_of(connection, read["read_messages"], run_id, 9, 100)
+            pages["read_latest_log"] = await pages_of(connection, QUERIES["read_latest_log"], run_id, "session")
             pages["is_claimable"] = await pages_of(connection, read["is_claimable"])
             for status, query in LIST_RUNS.items():
                 arguments = (ORGANIZATION, SERVER, 1 << 40, 20, ALL)

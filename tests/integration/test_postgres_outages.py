@@ -9,17 +9,20 @@ from pathlib import Path
 import pytest
 
 from runtime_service.errors import RunNotFound, StoreUnavailable
-from runtime_service.runs import RunStatus, now_ms
+from runtime_service.runs import Question, RunStatus, now_ms
 from runtime_service.store import postgres_writer
-from runtime_service.store.base import Change, Outcome, TurnLost
+from runtime_service.store.base import Change, Outcome, QuestionOpen, TurnLost
 from runtime_service.store.postgres import PostgresStore
 from runtime_service.store.postgres_batch import Batch
 from runtime_service.store.postgres_schema import migrate
 from tests.postgres import PostgresServer, session_server
 from tests.stores import PostgresStores
 from tests.support import (
+    OPTIONS,
     ORGANIZATION,
     SERVER,
+    answer_to,
+    asking,
     cancel_of,
     contents,
     eventually,
@@ -27,6 +30,7 @@ from tests.support import (
     log_of,
     new_run,
     next_turn,
+    question,
     run_async,
     said,
 )
@@ -134,6 +138,11 @@ def test_answer_that_was_lost_is_given_again(monkeypatch: pytest.MonkeyPatch) ->
             assert isinstance(store, PostgresStore)
             held, over, taken = [(await store.start_run(new_run(str(n)), claim=True)).run for n in range(3)]
             await store.finish_turn(key_of(over), [], COMPLETED)
+            quiet, asked, told = (
+                (await store.start_run(new_run(), claim=True)).run,
+                await asking(store),
+                await asking(store),
+            )
             waiting = (await store.start_run(new_run(), claim=False)).run
             known = new_run("known", request_id="known")
             await store.start_run(known, claim=False)
@@ -154,6 +163,9 @@ def test_answer_that_was_lost_is_given_again(monkeypatch: pytest.MonkeyPatch) ->
             appending = [store.append_events(key_of(held), said(text)) for text in ("a", "b")]
             resuming = store.continue_run(next_turn(over), claim=True)
             cancelling = store.cancel_run(cancel_of(taken), said("x"), "x")
+            questioning = store.ask_question(key_of(quiet), [question()], OPTIONS)
+            refused = store.continue_run(next_turn(asked, request_id="refused"), claim=True)
+            answering = store.answer_question(answer_to(told, request_id="answer"))
             claiming = store.claim_turns(1)
             started, again = await asyncio.gather(*starting)
             first, second = await asyncio.gather(*appending)
@@ -166,6 +178,13 @@ def test_answer_that_was_lost_is_given_again(monkeypatch: pytest.MonkeyPatch) ->
             assert (resumed.run.turn.number, contents(resumed.events)) == (2, ["more"])
             assert contents(cancelled.events) == ["x", "The run was cancelled."]
             assert claimed.run.id == waiting.id
+            assert (await questioning).run.question == Question(2, options=OPTIONS)
+            with pytest.raises(QuestionOpen):
+                await refused
+            answered = await answering
+            assert (answered.replayed, contents(answered.events)) == (False, ["yes"])
+            assert contents(await log_of(store, told.id)) == ["hello", "May I?", "yes"]
+            assert (await store.append_events(key_of(told), [])).run.question == answered.run.question
             for change in (started, resumed, claimed):
                 await store.finish_turn(key_of(change.run), [], COMPLETED)
 
@@ -208,6 +227,7 @@ def test_lease_that_ran_out_behind_a_lost_answer(monkeypatch: pytest.MonkeyPatch
         async with stores.open() as store:
             assert isinstance(store, PostgresStore)
             over, other, held = [(await store.start_run(new_run(str(n)), claim=True)).run for n in range(3)]
+            asked, told, doubted = [await asking(store) for _ in range(3)]
             for run in (over, other):
                 await store.finish_turn(key_of(run), [], COMPLETED)
             fetch = store._database.fetch
@@ -221,28 +241,38 @@ def test_lease_that_ran_out_behind_a_lost_answer(monkeypatch: pytest.MonkeyPatch
                 return list(rows)
 
             monkeypatch.setattr(store._database, "fetch", lose_all)
-            new, asked = new_run("new"), new_run("asked", request_id="once")
-            started, known, resumed, unknown, appended = await asyncio.gather(
+            new, repeated = new_run("new"), new_run("repeated", request_id="once")
+            started, known, resumed, unknown, appended, asked_again, answered, in_doubt = await asyncio.gather(
                 store.start_run(new, claim=True),
-                store.start_run(asked, claim=True),
+                store.start_run(repeated, claim=True),
                 store.continue_run(next_turn(over, request_id="twice"), claim=True),
                 store.continue_run(next_turn(other), claim=True),
                 store.append_events(key_of(held), said("a")),
+                store.ask_question(key_of(asked), [question()], ()),
+                store.answer_question(answer_to(told, request_id="answer")),
+                store.answer_question(answer_to(doubted)),
                 return_exceptions=True,
             )
             assert isinstance(started, Change)
             assert started.run.id == new.id
             assert isinstance(known, Change)
-            assert known.run.id == asked.id
+            assert known.run.id == repeated.id
             assert isinstance(resumed, Change)
             assert resumed.run.turn.number == 2
             assert isinstance(unknown, StoreUnavailable)
             assert "may have taken effect" in unknown.message
             assert isinstance(appended, TurnLost)
-            assert stores.execute("SELECT count(*), max(last_turn) FROM acp.runs") == "5|2"
+            assert isinstance(asked_again, TurnLost)
+            assert isinstance(answered, Change)
+            assert (answered.replayed, answered.run.is_asking) == (True, False)
+            assert isinstance(in_doubt, StoreUnavailable)
+            assert "may have taken effect" in in_doubt.message
+            for run in (told, doubted):
+                assert contents(await log_of(store, run.id)) == ["hello", "May I?", "yes"]
+            assert stores.execute("SELECT count(*), max(last_turn) FROM acp.runs") == "8|2"
             # All that it held is nobody's now, and goes on.
-            assert len(await store.recover(3, lambda _: True)) == 5
-            assert len(await store.claim_turns(9)) == 5
+            assert len(await store.recover(3, lambda _: True)) == 8
+            assert len(await store.claim_turns(9)) == 8
 
     run_async(main())
 

@@ -6,13 +6,37 @@ import traceback
 import pytest
 
 from runtime_service.errors import StoreUnavailable
+from runtime_service.runs import Question, RunStatus
+from runtime_service.store import postgres_schema
+from runtime_service.store.base import Outcome
 from runtime_service.store.postgres import PostgresStore
 from runtime_service.store.postgres_schema import migrate
 from tests.postgres import empty_database, session_server
 from tests.stores import PostgresStores
-from tests.support import new_run, run_async
+from tests.support import (
+    OPTIONS,
+    ORGANIZATION,
+    SERVER,
+    answer_to,
+    key_of,
+    new_run,
+    question,
+    run_async,
+    running,
+    said,
+)
 
-MIGRATIONS = ["0001_tables", "0002_turns", "0003_other_writes", "0004_deletions", "0005_apply"]
+COMPLETED = Outcome(RunStatus.COMPLETED, "done")
+
+MIGRATIONS = [
+    "0001_tables",
+    "0002_turns",
+    "0003_other_writes",
+    "0004_deletions",
+    "0005_apply",
+    "0006_question_of_runs",
+    "0007_questions",
+]
 
 
 def open_store(url: str) -> PostgresStore:
@@ -60,11 +84,41 @@ def test_migrate_keeps_what_the_database_holds() -> None:
             await store.start_run(new, claim=False)
 
     run_async(start())
-    stores.execute("DELETE FROM acp.migrations WHERE version = 5")
+    stores.execute("DELETE FROM acp.migrations WHERE version >= 6")
     with pytest.raises(StoreUnavailable, match="already exists"):
         run_async(migrate(stores.url))
-    assert stores.execute("SELECT max(version) FROM acp.migrations") == "4"
+    assert stores.execute("SELECT max(version) FROM acp.migrations") == "5"
     assert stores.execute("SELECT id FROM acp.runs") == new.id
+
+
+def test_migrate_to_questions_leaves_those_at_work_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What version 5 holds is there; a turn that runs meanwhile goes on over the same session, and can ask."""
+    url = session_server().url(empty_database())
+
+    async def main() -> None:
+        with monkeypatch.context() as before:
+            before.setattr(postgres_schema, "_MIGRATIONS", postgres_schema._MIGRATIONS[:5])
+            before.setattr(postgres_schema, "_KNOWN_VERSION", 5)
+            assert await migrate(url) == MIGRATIONS[:5]
+            store = await PostgresStore.open(url, address="127.0.0.1:1")
+        try:
+            run, done = await running(store), await running(store)
+            for _ in range(6):  # until the session keeps its plans
+                await store.append_events(key_of(run), said("before"))
+            await store.finish_turn(key_of(done), said("end"), COMPLETED)
+            assert await migrate(url) == MIGRATIONS[5:]
+            assert (await store.append_events(key_of(run), said("behind"))).run.last_sequence == 8
+            assert (await store.get_run(ORGANIZATION, SERVER, done.id)).turn.output == "done"
+            asked = (await store.ask_question(key_of(run), [question()], OPTIONS)).run
+            assert asked.question == Question(9, options=OPTIONS)
+            assert (await store.append_events(key_of(run), said("meanwhile"))).run.question == asked.question
+            await store.answer_question(answer_to(asked))
+            finished = await store.finish_turn(key_of(run), said("end"), COMPLETED)
+            assert await store.get_run(ORGANIZATION, SERVER, run.id) == finished.run
+        finally:
+            await store.close()
+
+    run_async(main())
 
 
 @pytest.mark.parametrize("how", ["empty", "older", "newer"])
@@ -76,11 +130,11 @@ def test_store_refuses_another_schema_and_says_what_to_do(how: str) -> None:
         stores = PostgresStores()
         url = stores.url
         if how == "older":
-            stores.execute("DELETE FROM acp.migrations WHERE version = 5")
-            words = "schema version 4; this program needs version 5.*python -m runtime_service migrate"
+            stores.execute("DELETE FROM acp.migrations WHERE version >= 6")
+            words = "schema version 5; this program needs version 7.*python -m runtime_service migrate"
         else:
-            stores.execute("INSERT INTO acp.migrations (version, name) VALUES (7, '0007_later')")
-            words = "schema version 7; this program knows version 5.*another database"
+            stores.execute("INSERT INTO acp.migrations (version, name) VALUES (9, '0009_later')")
+            words = "schema version 9; this program knows version 7.*another database"
     with pytest.raises(StoreUnavailable, match=words):
         open_store(url)
     if how == "newer":

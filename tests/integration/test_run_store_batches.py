@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from runtime_service.errors import StoreUnavailable
 from runtime_service.runs import EventDraft, EventRole, RunMode, RunStatus, new_run_id
-from runtime_service.store.base import Cancel, Change, NewRun, NewTurn, Outcome, RunStore, TurnKey, TurnLost
+from runtime_service.store.base import Cancel, Change, NewAnswer, NewRun, NewTurn, Outcome, RunStore, TurnKey, TurnLost
 from runtime_service.store.sqlite import SQLiteStore
-from tests.support import ORGANIZATION, SERVER, Disk, contents, key_of, log_of, new_run, run_async, said
+from tests.support import ORGANIZATION, SERVER, Disk, contents, key_of, log_of, new_run, question, run_async, said
 
 COMPLETED = Outcome(RunStatus.COMPLETED, "done")
 FAILED = Outcome(RunStatus.FAILED, None, "It broke.", "AGENT_FAILED")
@@ -23,7 +23,22 @@ FAILED = Outcome(RunStatus.FAILED, None, "It broke.", "AGENT_FAILED")
 WRITES = st.lists(
     st.tuples(
         st.sampled_from(
-            ["start", "queue", "append", "log", "finish", "fail", "draft", "release", "continue", "cancel", "claim"]
+            [
+                "start",
+                "queue",
+                "append",
+                "log",
+                "finish",
+                "fail",
+                "draft",
+                "release",
+                "continue",
+                "cancel",
+                "claim",
+                "ask",
+                "ask with text",
+                "answer",
+            ]
         ),
         st.integers(0, 1),  # which run
         st.integers(1, 2),  # which turn
@@ -51,6 +66,12 @@ def ask(store: RunStore, ids: list[str], write: tuple[str, int, int, int]) -> Aw
             return store.finish_turn(key, [], FAILED)
         case "draft":
             return store.save_draft(key, "half")
+        case "ask" | "ask with text":
+            texts = said("d") if how == "ask with text" else []
+            return store.ask_question(key, [*texts, question()], (("more", "Go on"),))
+        case "answer":
+            event = EventDraft(EventRole.USER, "more", 3)
+            return store.answer_question(NewAnswer(ORGANIZATION, SERVER, ids[run], 1 + epoch, event))
         case "release":
             return store.release_turn(key, said("r"))
         case "continue":
@@ -70,6 +91,7 @@ def told(result: object) -> object:
         return (
             (result.run.last_sequence, result.run.message_count, result.run.last_turn, result.run.title),
             (turn.number, turn.status, turn.output, turn.error, turn.attempt, turn.epoch, turn.ready),
+            result.run.question,
             [(event.sequence, event.turn, event.content) for event in result.events],
         )
     return type(result).__name__
@@ -79,7 +101,7 @@ def rows(path: Path) -> list[list[tuple[Any, ...]]]:
     """All that the file holds, times left out."""
     connection = apsw.Connection(str(path))
     tables = {
-        "runs": "id, message_count, last_sequence, last_turn, status",
+        "runs": "id, message_count, last_sequence, last_turn, status, question",
         "turns": "run_key, number, status, first_sequence, output, error, error_code, attempt, epoch, ready, draft",
         "events": "run_key, sequence, turn, role, content",
     }

@@ -11,11 +11,36 @@ from typing import Any, TypeVar
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from msgspec.structs import replace
 
-from runtime_service.runs import TERMINAL, Run, RunStatus
-from runtime_service.store.base import Cancel, Change, Deleted, NewRun, NewTurn, Outcome, TurnKey, TurnLost
+from runtime_service.errors import QuestionAnswered
+from runtime_service.runs import TERMINAL, Question, Run, RunStatus
+from runtime_service.store.base import (
+    Cancel,
+    Change,
+    Deleted,
+    NewAnswer,
+    NewRun,
+    NewTurn,
+    Outcome,
+    QuestionOpen,
+    TurnKey,
+    TurnLost,
+)
 from tests.stores import KINDS
-from tests.support import ORGANIZATION, SERVER, cancel_of, contents, log_of, new_run, next_turn, said
+from tests.support import (
+    OPTIONS,
+    ORGANIZATION,
+    SERVER,
+    answer_to,
+    cancel_of,
+    contents,
+    log_of,
+    new_run,
+    next_turn,
+    question,
+    said,
+)
 
 MAX_ATTEMPTS = 2
 OUTCOMES = [Outcome(RunStatus.COMPLETED, "out"), Outcome(RunStatus.FAILED, None, "It broke.", "AGENT_FAILED")]
@@ -55,8 +80,9 @@ class RunModel:
     new: NewRun
     turns: list[TurnModel]
     log: list[tuple[int, str]]
-    asked: list[tuple[NewRun | NewTurn | Cancel, int]]
+    asked: list[tuple[NewRun | NewTurn | Cancel | NewAnswer, int]]
     """The requests that were accepted, each with the turn that its answer shows."""
+    question: Question | None = None
 
     @property
     def first_open(self) -> int | None:
@@ -141,16 +167,22 @@ class RunStoreMachine(RuleBasedStateMachine):
             self.hold(model, change.run)
 
     @precondition(lambda self: self.runs)
-    @rule(number=PICK, claim=st.booleans())
-    def continue_run(self, number: int, claim: bool) -> None:
-        """Open the next turn, which runs only when no other is open."""
+    @rule(number=PICK, claim=st.booleans(), late=st.booleans())
+    def continue_run(self, number: int, claim: bool, late: bool) -> None:
+        """Open the next turn, which runs only when no other is open; not with what is, or was meant as, an answer."""
         _, model = self.pick(number)
         runs = claim and model.first_open is None
-        new = next_turn(model.new, f"turn {len(model.turns) + 1}", request_id=self.request_id())
+        text = "yes" if late else f"turn {len(model.turns) + 1}"
+        new = next_turn(model.new, text, request_id=self.request_id())
 
         async def resume() -> Change:
             return await self.store.continue_run(new, claim=claim)
 
+        if model.question is not None and (model.question.is_open or (late and model.question.options)):
+            with contextlib.suppress(QuestionOpen if model.question.is_open else QuestionAnswered):
+                self.do(resume())
+                raise AssertionError("the input was taken")
+            return
         change = self.do(resume())
         model.asked.append((new, len(model.turns) + 1))
         model.turns.append(TurnModel(RunStatus.RUNNING if runs else RunStatus.QUEUED, int(runs)))
@@ -158,6 +190,54 @@ class RunStoreMachine(RuleBasedStateMachine):
         assert change.run.turn.number == len(model.turns)
         if runs:
             self.hold(model, change.run)
+
+    @precondition(lambda self: self.runs)
+    @rule(number=PICK, texts=TEXTS, options=st.sampled_from([OPTIONS, ()]))
+    def ask_question(self, number: int, texts: list[str], options: tuple[tuple[str, str], ...]) -> None:
+        """Ask in the name of the first open turn."""
+        _, model = self.pick(number)
+        open_turn = model.first_open
+        if open_turn is None or model.turns[open_turn - 1].status is not RunStatus.RUNNING:
+            return
+        turn = model.turns[open_turn - 1]
+        key = turn.keys[-1]
+        if self.fences and key in self.lost:
+            return
+
+        async def ask() -> Change:
+            return await self.store.ask_question(key, [*said(*texts), question()], options)
+
+        change = self.do(ask())
+        self.extend(model, open_turn, change)
+        turn.draft = None if texts else turn.draft
+        model.question = Question(len(model.log), options=options)
+
+    @precondition(lambda self: any(model.question for model in self.runs.values()))
+    @rule(number=PICK, earlier=st.booleans())
+    def answer_question(self, number: int, earlier: bool) -> None:
+        """Answer what a run asks, whoever holds its turn: once, and not what it asked before."""
+        models = [model for model in self.runs.values() if model.question is not None]
+        model = models[number % len(models)]
+        asked = model.question
+        assert asked is not None
+        run = self.do(self.store.get_run(ORGANIZATION, SERVER, model.new.id))
+        shown = replace(run, question=Question(asked.sequence - earlier))
+        answer = answer_to(shown, request_id=self.request_id())
+
+        async def send() -> Change:
+            return await self.store.answer_question(answer)
+
+        if earlier or not asked.is_open:
+            with contextlib.suppress(QuestionAnswered):
+                self.do(send())
+                raise AssertionError("the answer was taken")
+            return
+        change = self.do(send())
+        assert model.first_open is not None
+        self.extend(model, model.first_open, change)
+        assert change.run.turn.number == model.first_open
+        model.asked.append((answer, model.first_open))
+        model.question = Question(asked.sequence, is_open=False, options=asked.options)
 
     @precondition(lambda self: self.runs)
     @rule(number=PICK, texts=TEXTS, how=st.sampled_from(["append", "finish", "fail", "release", "draft"]))
@@ -178,6 +258,9 @@ class RunStoreMachine(RuleBasedStateMachine):
         change = self.do(self._write(key, texts, how))
         self.extend(model, open_turn, change)
         assert contents(change.events) == texts
+        if how != "append":
+            model.question = None
+        assert change.run.question == model.question
         match how:
             case "append":
                 turn.draft = None if texts else turn.draft
@@ -236,7 +319,7 @@ class RunStoreMachine(RuleBasedStateMachine):
         turn = model.turns[first - 1]
         kept = [turn.draft] if turn.draft and not texts else texts
         assert contents(change.events)[:-1] == kept
-        turn.draft = None
+        turn.draft = model.question = None
         for turn in model.turns[first - 1 :]:
             turn.become(RunStatus.CANCELLED)
 
@@ -255,6 +338,8 @@ class RunStoreMachine(RuleBasedStateMachine):
                     change = await self.store.continue_run(request, claim=True)
                 case Cancel():
                     change = await self.store.cancel_run(request, said("again"), "again")
+                case NewAnswer():
+                    change = await self.store.answer_question(request)
             return change, await self.store.get_run(ORGANIZATION, SERVER, run_id, turn)
 
         change, run = self.do(ask())
@@ -329,7 +414,7 @@ class RunStoreMachine(RuleBasedStateMachine):
                 self.extend(model, number, change)
                 kept = [event.content for event in change.events if event.log_type == "incomplete"]
                 assert kept == ([turn.draft] if turn.draft else [])
-                turn.draft = None
+                turn.draft = model.question = None
                 again = may_repeat and turn.attempt < MAX_ATTEMPTS
                 turn.become(RunStatus.QUEUED if again else RunStatus.FAILED)
                 assert change.run.turn.status is turn.status
@@ -350,7 +435,9 @@ class RunStoreMachine(RuleBasedStateMachine):
             events = await log_of(self.store, run_id)
             assert [(event.turn, event.content) for event in events] == model.log
             for number, turn in enumerate(model.turns, 1):
-                stored = (await self.store.get_run(ORGANIZATION, SERVER, run_id, number)).turn
+                run = await self.store.get_run(ORGANIZATION, SERVER, run_id, number)
+                stored = run.turn
+                assert run.question == model.question
                 assert (stored.status, stored.attempt) == (turn.status, turn.attempt)
                 assert (stored.completed_at_ms is not None) == (stored.status in TERMINAL)
                 assert (stored.error_code is not None) == (stored.status is RunStatus.FAILED)

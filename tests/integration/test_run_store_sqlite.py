@@ -12,9 +12,11 @@ from runtime_service.store.base import Change, Outcome, TurnKey, TurnLost
 from tests.stores import SQLiteStores
 from tests.support import (
     ALL,
+    OPTIONS,
     ORGANIZATION,
     SERVER,
     Disk,
+    answer_to,
     contents,
     eventually,
     flood,
@@ -22,6 +24,7 @@ from tests.support import (
     log_of,
     new_run,
     next_turn,
+    question,
     run_async,
     running,
     said,
@@ -219,11 +222,11 @@ def test_sqlite_of_another_schema_is_refused_untouched(file: SQLiteStores) -> No
         with sqlite3.connect(file.path) as connection:
             connection.execute("PRAGMA user_version = 7")
         connection.close()
-        with pytest.raises(StoreUnavailable, match=r"schema version 7; this program knows version 3") as caught:
+        with pytest.raises(StoreUnavailable, match=r"schema version 7; this program knows version 4") as caught:
             await file.connect()
         assert str(file.path) in caught.value.message
         with sqlite3.connect(file.path) as connection:
-            connection.execute("PRAGMA user_version = 3")
+            connection.execute("PRAGMA user_version = 4")
         connection.close()
         async with file.open() as store:
             assert await store.get_run(ORGANIZATION, SERVER, run.id) == run
@@ -232,6 +235,10 @@ def test_sqlite_of_another_schema_is_refused_untouched(file: SQLiteStores) -> No
 
 
 OLDER_SCHEMAS = {
+    3: """
+        ALTER TABLE runs DROP COLUMN question;
+        PRAGMA user_version = 3;
+    """,
     2: """
         DROP TABLE requests;
         DROP TABLE deleted_runs;
@@ -257,7 +264,7 @@ def shape(path: Path) -> object:
     return names, columns
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_sqlite_of_an_older_version_is_upgraded(file: SQLiteStores, version: int) -> None:
     """Runs that it holds are there, can be continued, and its tables are those of a new file."""
 
@@ -266,7 +273,7 @@ def test_sqlite_of_an_older_version_is_upgraded(file: SQLiteStores, version: int
             run = await running(store)
         new = shape(file.path)
         with sqlite3.connect(file.path) as connection:
-            for older in range(2, version - 1, -1):
+            for older in range(3, version - 1, -1):
                 connection.executescript(OLDER_SCHEMAS[older])
         connection.close()
         assert shape(file.path) != new
@@ -275,6 +282,10 @@ def test_sqlite_of_an_older_version_is_upgraded(file: SQLiteStores, version: int
             asked = next_turn(run, request_id="once")
             assert (await store.continue_run(asked, claim=True)).run.turn.number == 2
             assert (await store.continue_run(asked, claim=True)).replayed
+            asking = (await store.ask_question(key_of(run), [question()], OPTIONS)).run
+            assert (await store.answer_question(answer_to(asking))).run == await store.get_run(
+                ORGANIZATION, SERVER, run.id, 1
+            )
         assert shape(file.path) == new
 
     run_async(main())
@@ -289,7 +300,8 @@ def test_sqlite_of_version_2_keeps_its_requests(file: SQLiteStores) -> None:
             await store.continue_run(next_turn(run), claim=True)
             other = (await store.start_run(new_run(organization="other"), claim=True)).run
         with sqlite3.connect(file.path) as connection:
-            connection.executescript(OLDER_SCHEMAS[2])
+            for older in (3, 2):
+                connection.executescript(OLDER_SCHEMAS[older])
             connection.execute("UPDATE turns SET request_id = 'a' WHERE run_key = 1 AND number = 1")
             connection.execute("UPDATE turns SET request_id = 'b' WHERE run_key = 1 AND number = 2")
             connection.execute("UPDATE turns SET request_id = 'a' WHERE run_key = 2")

@@ -178,12 +178,11 @@ def test_only_the_composition_names_a_kind_of_store() -> None:
 
 def test_only_the_registry_names_kinds_of_agents() -> None:
     """Everybody else knows the Agent protocol, and the registry names kinds by string, imported when asked for."""
+    kinds = ("echo", "python", "openai", "local", "agent_client_protocol")
     for module, path in RUNTIME.items():
         if room_of(module) != "agents":
             for name in imports_of(path):
-                assert not name.startswith(
-                    tuple(f"runtime_service.agents.{kind}" for kind in ("echo", "python", "openai", "local"))
-                ), module
+                assert not name.startswith(tuple(f"runtime_service.agents.{kind}" for kind in kinds)), module
 
 
 @pytest.mark.parametrize("module", GATEWAY)

@@ -174,5 +174,3 @@ def _file_name(value: str) -> str:
     if len(name) > _MAX_NAME_CHARACTERS:
         name = f"{name[:150]}-{hashlib.sha256(value.encode()).hexdigest()[:32]}"
     return name
-
-

@@ -69,6 +69,7 @@ class Terminals:
         self._starting = 0
         self._remembered: dict[str, str] = {}
         self._numbers = count(1)
+        self._closed = False
 
     async def start(
         self,
@@ -97,6 +98,9 @@ class Terminals:
             raise Refused(f"The command cannot be started: {error}") from error
         finally:
             self._starting -= 1
+        if self._closed:
+            await child.end(0)
+            raise Refused("The session has ended.")
         terminal_id = f"terminal-{next(self._numbers)}"
         limit = _MAX_OUTPUT_BYTES if output_bytes is None else min(output_bytes, _MAX_OUTPUT_BYTES)
         self._terminals[terminal_id] = Terminal(child, limit)
@@ -125,6 +129,7 @@ class Terminals:
 
     async def close(self) -> None:
         """End them all."""
+        self._closed = True
         terminals, self._terminals = list(self._terminals.values()), {}
         await asyncio.gather(*(terminal.end() for terminal in terminals))
 
@@ -134,6 +139,6 @@ def _in_shell(command: str, args: Sequence[str], path: str | None) -> list[str]:
 
     One without arguments that is no program is a line for the shell, which is what many agents send.
     """
-    if args or shutil.which(command, path=path) or os.sep in command and " " not in command:
+    if args or shutil.which(command, path=path) or (os.sep in command and " " not in command):
         return ["/bin/sh", "-c", 'exec "$@" 2>&1 </dev/null', "sh", command, *args]
     return ["/bin/sh", "-c", 'exec 2>&1 </dev/null\neval "$1"', "sh", command]

@@ -47,6 +47,11 @@ class ChildTransport:
         """The agent did not read what was sent to it in time."""
         self.heard_at = time.monotonic()
 
+    @property
+    def has_open_request(self) -> bool:
+        """Whether the agent waits for an answer."""
+        return self._open_requests > 0
+
     async def send(self, message: dict[str, Any]) -> None:
         """Send a message. Raises ConnectionError when the child takes none any more, or not in time."""
         line = msgspec.json.encode(message) + b"\n"

@@ -34,7 +34,7 @@ from acp.schema import (
 
 from runtime_service.agents.agent_client_protocol.content import cut, description_of, text_of
 from runtime_service.agents.agent_client_protocol.tool_calls import FINAL, TerminalOutput, ToolCall
-from runtime_service.agents.base import AgentOutput, Delta, Log, Message
+from runtime_service.agents.base import Delta, Log, Message
 
 SessionUpdate: TypeAlias = (
     UserMessageChunk
@@ -51,6 +51,8 @@ SessionUpdate: TypeAlias = (
     | SessionInfoUpdate
     | UsageUpdate
 )
+
+Said: TypeAlias = Message | Delta | Log
 
 UPDATES: dict[str, type[SessionUpdate]] = {
     get_args(kind.model_fields["session_update"].annotation)[0]: kind
@@ -92,7 +94,11 @@ class Transcript:
         """Whether a tool may be at work."""
         return bool(self._tool_calls)
 
-    def add(self, update: SessionUpdate) -> list[AgentOutput]:
+    def tool_call(self, tool_call_id: str) -> ToolCall | None:
+        """Return an open tool call."""
+        return self._tool_calls.get(tool_call_id)
+
+    def add(self, update: SessionUpdate) -> list[Said]:
         """Return what an update means, beside what it leaves to be said later."""
         match update:
             case AgentMessageChunk() | AgentThoughtChunk():
@@ -131,11 +137,11 @@ class Transcript:
                 return []
         assert_never(update)
 
-    def pause(self) -> list[AgentOutput]:
+    def pause(self) -> list[Said]:
         """Return what is left to be said before a question: the end of the open text, and plans that changed."""
         return [*self._end_text(), *self._changed_plans()]
 
-    def end(self, stop_reason: str | None = None, usage: Usage | None = None) -> list[AgentOutput]:
+    def end(self, stop_reason: str | None = None, usage: Usage | None = None) -> list[Said]:
         """Return what is left to be said at the end of the turn; the last message carries usage and stop reason."""
         calls = [call.log(self._terminal_output) for call in self._tool_calls.values()]
         self._tool_calls.clear()
@@ -145,15 +151,15 @@ class Transcript:
         if self._context is not None:
             metadata["context"] = self._context
         is_message = self._chunk is AgentMessageChunk
-        outputs: list[AgentOutput] = [*calls, *self._changed_plans(), *self._end_text(metadata if is_message else None)]
+        outputs: list[Said] = [*calls, *self._changed_plans(), *self._end_text(metadata if is_message else None)]
         if not any(isinstance(each, Message) for each in outputs) and ("usage" in metadata or "context" in metadata):
             outputs.append(Log("The agent's usage of this turn.", type="usage", metadata=metadata))
         return outputs
 
     # Texts
 
-    def _add_chunk(self, update: AgentMessageChunk | AgentThoughtChunk) -> list[AgentOutput]:
-        outputs: list[AgentOutput] = []
+    def _add_chunk(self, update: AgentMessageChunk | AgentThoughtChunk) -> list[Said]:
+        outputs: list[Said] = []
         is_other = update.message_id is not None and self._message_id not in (None, update.message_id)
         if self._chunk is not type(update) or is_other:
             outputs += self.pause()
@@ -174,7 +180,7 @@ class Transcript:
                 self._chunk, self._message_id = chunk, message_id
         return outputs
 
-    def _end_text(self, more: dict[str, Any] | None = None) -> list[AgentOutput]:
+    def _end_text(self, more: dict[str, Any] | None = None) -> list[Said]:
         text, chunk, blocks = "".join(self._texts), self._chunk, self._blocks
         self._chunk = self._message_id = None
         self._texts, self._blocks, self._characters = [], [], 0
@@ -187,8 +193,8 @@ class Transcript:
 
     # Tool calls
 
-    def _add_tool_call(self, update: ToolCallStart | ToolCallProgress) -> list[AgentOutput]:
-        outputs: list[AgentOutput] = []
+    def _add_tool_call(self, update: ToolCallStart | ToolCallProgress) -> list[Said]:
+        outputs: list[Said] = []
         call_id = update.tool_call_id
         if call_id in self._ended_tool_calls:
             return []
@@ -210,21 +216,21 @@ class Transcript:
 
     # Plans and settings
 
-    def _add_plan(self, plan_id: str, plan: Log) -> list[AgentOutput]:
+    def _add_plan(self, plan_id: str, plan: Log) -> list[Said]:
         if plan_id not in self._plans and len(self._plans) == _MAX_PLANS:
             return []
         self._plans[plan_id] = plan
         return []
 
-    def _changed_plans(self) -> list[AgentOutput]:
-        changed: list[AgentOutput] = []
+    def _changed_plans(self) -> list[Said]:
+        changed: list[Said] = []
         for plan_id, plan in self._plans.items():
             if self._said_plans.get(plan_id) != plan:
                 self._said_plans[plan_id] = plan
                 changed.append(plan)
         return changed
 
-    def _add_configuration(self, update: ConfigOptionUpdate) -> list[AgentOutput]:
+    def _add_configuration(self, update: ConfigOptionUpdate) -> list[Said]:
         values: dict[str, Any] = {
             cut(option.id, _MAX_ENTRY_CHARACTERS): cut(option.current_value, _MAX_ENTRY_CHARACTERS)
             if isinstance(option.current_value, str)
@@ -238,9 +244,9 @@ class Transcript:
         return [Log(f"The agent's settings are now {text}.", type="configuration", metadata=values)]
 
 
-def merged(outputs: list[AgentOutput]) -> tuple[AgentOutput, ...]:
+def merged(outputs: list[Said]) -> tuple[Said, ...]:
     """Return the outputs with deltas that follow each other as one."""
-    found: list[AgentOutput] = []
+    found: list[Said] = []
     texts: list[str] = []
     for output in outputs:
         if isinstance(output, Delta):

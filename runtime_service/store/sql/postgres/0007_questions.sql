@@ -1,9 +1,7 @@
--- A run knows what its running turn has asked last: [sequence, is_open, [[id, name], …]], NULL where that is nothing.
--- It stands while the turn runs, and no other turn of the run runs meanwhile. A result of a write (see
--- 0003_other_writes.sql) that is `missing` has the `question` that is open, or that it was `answered`, where it was
--- refused for that. Processes of the version before, which may be at work still, ask nothing, and queue what comes.
-
-ALTER TABLE acp.runs ADD COLUMN question jsonb;
+-- Questions: asked by the running turn, answered once, gone when no turn of the run is running any more. A result of a
+-- write (see 0003_other_writes.sql) that is `missing` has the `question` that is open, or that it was `answered`, where
+-- it was refused for that. Processes of the version before, which may be at work still, ask nothing, and what comes to
+-- them is queued.
 
 -- A run as it shows one of its turns; holder and address are those of the replica that executes one of them.
 CREATE OR REPLACE VIEW acp.shown_runs AS
@@ -51,7 +49,7 @@ END
 $$;
 
 -- Extend the logs of running turns that the replica holds, settle some of them and keep drafts. Returns of each that
--- was its own: n, the run's last sequence, message count and last turn, and its question where there is one; and
+-- was its own: n, the run's last sequence, message count and last turn, and the question that it had, if any; and
 -- whether a turn became ready by it.
 CREATE OR REPLACE FUNCTION acp.extend_turns(p_replica text, p_turns jsonb, OUT extended jsonb, OUT readied boolean)
 LANGUAGE plpgsql AS $$
@@ -103,8 +101,7 @@ BEGIN
     )
     SELECT coalesce(jsonb_agg(
                jsonb_build_array(h.n, h.last_sequence + h.added, h.message_count + h.messages, h.last_turn)
-               || CASE WHEN h.outcome IS NULL AND h.question IS NOT NULL THEN jsonb_build_array(h.question)
-                       ELSE '[]' END), '[]'),
+               || CASE WHEN h.question IS NULL THEN '[]' ELSE jsonb_build_array(h.question) END), '[]'),
            EXISTS (SELECT FROM next)
     INTO extended, readied
     FROM held h;

@@ -1,0 +1,306 @@
+"""The `agent_client_protocol` agent: which run has which process, and when a process begins and ends."""
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncGenerator, Coroutine, Iterable
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+from runtime_service.agents.agent_client_protocol.client import Question
+from runtime_service.agents.agent_client_protocol.directory import WorkingDirectory
+from runtime_service.agents.agent_client_protocol.failures import Failures
+from runtime_service.agents.agent_client_protocol.options import AgentClientProtocolOptions
+from runtime_service.agents.agent_client_protocol.session import Session
+from runtime_service.agents.base import Agent, AgentError, AgentSays, HistoryMessage, Log, TurnContext
+from runtime_service.runs import EventRole, LogLevel
+
+log = logging.getLogger(__name__)
+
+_SESSION_LOG = "session"
+_MAX_HISTORY_CHARACTERS = 100_000
+
+
+class AgentClientProtocolAgent(Agent):
+    """A run is a session in a process of its own, which waits for the next turn until the run has been idle too long.
+
+    Where the process is gone, or another replica has gone on with the run, the session is loaded again if the agent
+    can, else a new one gets the thread's history as context. What there is to know for that is the log entry `session`.
+    """
+
+    Options = AgentClientProtocolOptions
+    session_protocol = "agent-client-protocol"
+
+    def __init__(self, options: AgentClientProtocolOptions) -> None:
+        self._options = options
+        self._failures = Failures(options)
+        self._found = False
+        self._runs: dict[str, _Run] = {}
+        self._warm: list[asyncio.Task[Session | None]] = []
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closed = False
+
+    def unavailable_reason(self) -> str | None:
+        """Say so when the command is not there."""
+        self._found = self._found or self._options.executable() is not None
+        return None if self._found else self._failures.not_found().message
+
+    async def run(self, turn: TurnContext) -> AsyncGenerator[AgentSays]:
+        """Prompt the run's session. Raises AgentError."""
+        if self.unavailable_reason() is not None:
+            raise self._failures.not_found()
+        run_id = turn.run_id or secrets.token_hex(8)
+        run = self._runs.setdefault(run_id, _Run())
+        run.begin()
+        try:
+            await run.settled()
+            texts, news = await self._session_for(run, turn)
+            session = run.session
+            assert session is not None
+            if news is not None:
+                yield news
+            async with aclosing(session.prompt(texts)) as said:
+                async for each in said:
+                    if isinstance(each, Question):
+                        question = each
+                        question.answer(
+                            await turn.ask(
+                                question.text,
+                                question.options,
+                                tool_kind=question.tool_kind,
+                                metadata=question.metadata,
+                            )
+                        )
+                    else:
+                        yield each
+        finally:
+            self._leave(run_id, run)
+
+    async def open_session(self, *, run_id: str, server_id: str, thread_id: str) -> Session:
+        """Start a process and open a session outside of any run; who calls ends it. Raises AgentError."""
+        path = self._options.directory_of(run_id=run_id, server_id=server_id, thread_id=thread_id)
+        run = _Run()
+        try:
+            async with asyncio.timeout(self._options.start_seconds):
+                session = await self._launched(run)
+                await session.open(await self._directory(path))
+        except TimeoutError:
+            await self._end(run)
+            raise self._failures.start_timeout() from None
+        except BaseException:
+            await self._end(run)
+            raise
+        return session
+
+    async def close(self) -> None:
+        """End every process, and remove the working directories that are to be removed."""
+        self._closed = True
+        runs, self._runs = self._runs, {}
+        for run in runs.values():
+            run.begin()
+            self._spawn(self._retire(run, run.settling))
+        warm, self._warm = self._warm, []
+        for task in warm:
+            self._spawn(_end_warm(task))
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    # The session of a turn
+
+    async def _session_for(self, run: "_Run", turn: TurnContext) -> tuple[list[str], Log | None]:
+        """See to it that the run has an open session; return what it is to be told, and the log entry on it."""
+        known = None
+        if turn.turn > 1 or turn.attempt > 1:
+            known = await turn.latest_log(_SESSION_LOG)
+        metadata = dict(known.metadata or {}) if known is not None else {}
+        if run.session is not None:
+            if run.session.is_alive and metadata.get("connection", run.connection) == run.connection:
+                return [turn.input], None
+            # It has ended, or another process has had turns that this one knows nothing of.
+            await self._end(run)
+        path = self._options.directory_of(run_id=turn.run_id, server_id=turn.server_id, thread_id=turn.thread_id)
+        try:
+            async with asyncio.timeout(self._options.start_seconds):
+                session = await self._launched(run)
+                directory = run.directory = await self._directory(path)
+                if metadata.get("createdWorkingDirectory") is True and metadata.get("workingDirectory") == str(path):
+                    directory.created = True
+                how = None
+                if isinstance(session_id := metadata.get("sessionId"), str):
+                    how = await session.reopen(directory, session_id)
+                if how is None:
+                    await session.open(directory)
+        except TimeoutError:
+            raise self._failures.start_timeout() from None
+        run.connection = secrets.token_hex(8)
+        texts = [turn.input]
+        if how is None and (turn.turn > 1 or turn.attempt > 1) and (history := await turn.history()):
+            how = "history"
+            texts = [history_text(history), turn.input]
+        return texts, self._news(run, session, directory, how or "new")
+
+    def _news(self, run: "_Run", session: Session, directory: WorkingDirectory, how: str) -> Log:
+        name = session.agent.get("title") or session.agent["name"]
+        words = {
+            "new": f"A session with {name} was opened.",
+            "load": f"The session with {name} was loaded in a new process.",
+            "resume": f"The session with {name} was resumed in a new process.",
+            "history": f"A new session with {name} was opened; the conversation so far was given to it as context.",
+        }
+        metadata = {
+            "sessionId": session.id,
+            "connection": run.connection,
+            "agent": session.agent,
+            "workingDirectory": str(directory.path),
+            "createdWorkingDirectory": directory.created,
+            "opened": how,
+        }
+        level = LogLevel.WARNING if how == "history" else LogLevel.INFO
+        return Log(words[how], level, _SESSION_LOG, metadata)
+
+    async def _launched(self, run: "_Run") -> Session:
+        """Give the run a process that is initialized, a warm one where there is one."""
+        session = None
+        if self._warm:
+            warm = self._warm.pop(0)
+            try:
+                session = await asyncio.shield(warm)
+            except asyncio.CancelledError:
+                self._spawn(_end_warm(warm))
+                raise
+            if session is not None and not session.is_alive:
+                self._spawn(session.end())
+                session = None
+        self._warm_up()
+        if session is not None:
+            run.session = session
+            return session
+        run.session = session = await Session.launch(self._options)
+        await session.initialize()
+        return session
+
+    async def _directory(self, path: Path) -> WorkingDirectory:
+        try:
+            return await asyncio.to_thread(WorkingDirectory.make, path)
+        except OSError as error:
+            raise self._failures.no_directory(error) from error
+
+    def _warm_up(self) -> None:
+        while len(self._warm) < self._options.warm_processes and not self._closed:
+            self._warm.append(asyncio.create_task(self._start_warm()))
+
+    async def _start_warm(self) -> Session | None:
+        """Return an initialized process, None where that fails: the turn that needs one will tell why."""
+        session = None
+        try:
+            async with asyncio.timeout(self._options.start_seconds):
+                session = await Session.launch(self._options)
+                await session.initialize()
+        except (AgentError, TimeoutError) as error:
+            log.warning("no process of the agent %s could be started ahead: %s", self._options.name, error)
+            if session is not None:
+                await session.end()
+            return None
+        except asyncio.CancelledError:
+            if session is not None:
+                self._spawn(session.end())
+            raise
+        return session
+
+    # Ends
+
+    def _leave(self, run_id: str, run: "_Run") -> None:
+        """A turn has ended, in whatever way: what is left to be done goes on by itself, and the next turn waits."""
+        run.busy = False
+        session = run.session
+        if session is not None and (not session.is_open or not session.is_alive or self._closed):
+            run.session = None
+            run.settling = self._spawn(session.end())
+        elif session is not None and session.is_prompting:
+            run.settling = self._spawn(self._cancel(run, session))
+        if not self._closed:
+            loop = asyncio.get_running_loop()
+            run.idle = loop.call_later(self._options.idle_seconds, self._on_idle, run_id, run)
+
+    async def _cancel(self, run: "_Run", session: Session) -> None:
+        if not await session.cancel():
+            run.session = None
+            await session.end()
+
+    def _on_idle(self, run_id: str, run: "_Run") -> None:
+        run.idle = None
+        run.settling = self._spawn(self._retire(run, run.settling))
+        run.settling.add_done_callback(lambda _: self._forget(run_id, run))
+
+    def _forget(self, run_id: str, run: "_Run") -> None:
+        if not run.busy and self._runs.get(run_id) is run:
+            del self._runs[run_id]
+
+    async def _retire(self, run: "_Run", before: "asyncio.Task[None] | None") -> None:
+        """End the run's process and remove its working directory, if it is to be removed."""
+        if before is not None:
+            await asyncio.wait([before])
+        await self._end(run)
+        if run.directory is not None and self._options.remove_working_directory:
+            await asyncio.to_thread(run.directory.remove)
+
+    async def _end(self, run: "_Run") -> None:
+        session, run.session = run.session, None
+        if session is not None:
+            await session.end()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+class _Run:
+    """A run of which something is here."""
+
+    def __init__(self) -> None:
+        self.session: Session | None = None
+        self.directory: WorkingDirectory | None = None
+        self.connection = ""
+        """Which opening of its session this process has; the newest in the log is the one that knows all turns."""
+        self.idle: asyncio.TimerHandle | None = None
+        self.settling: asyncio.Task[None] | None = None
+        self.busy = False
+
+    def begin(self) -> None:
+        """A turn begins, or the end."""
+        if self.idle is not None:
+            self.idle.cancel()
+            self.idle = None
+        self.busy = True
+
+    async def settled(self) -> None:
+        """Wait for what the last turn has left to be done."""
+        if self.settling is not None:
+            await asyncio.wait([self.settling])
+            self.settling = None
+
+
+def history_text(history: Iterable[HistoryMessage]) -> str:
+    """Return the conversation so far as context for an agent that does not know it, the oldest left out if long."""
+    names = {EventRole.USER: "User", EventRole.ASSISTANT: "Assistant"}
+    parts: list[str] = []
+    room = _MAX_HISTORY_CHARACTERS
+    for said in reversed(list(history)):
+        part = f"{names.get(said.role, said.role.value)}: {said.content}"
+        if len(part) > room:
+            parts.append("[what came before is left out]")
+            break
+        room -= len(part)
+        parts.append(part)
+    conversation = "\n\n".join(reversed(parts))
+    return f"This is the conversation so far, as context. The user's next message follows it.\n\n{conversation}"
+
+
+async def _end_warm(task: "asyncio.Task[Session | None]") -> None:
+    task.cancel()
+    await asyncio.wait([task])
+    if not task.cancelled() and (session := task.result()) is not None:
+        await session.end()

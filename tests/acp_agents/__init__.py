@@ -1,0 +1,1 @@
+"""Agents that speak the Agent Client Protocol, well and badly: scripts that tests run as processes."""
