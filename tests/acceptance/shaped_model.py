@@ -5,6 +5,7 @@ prompt takes it half a minute. So between the agent and llama.cpp each request i
 
 - of the system prompts the beginning goes along, tools do not;
 - what a message says of tools becomes its text;
+- an answer is over with its first sentence, unless the user's last message asks for something long;
 - where the user's last message asks for a note and the agent offers its `write` tool, the model has to answer with
   that tool's arguments (llama.cpp samples by their JSON schema, and the path is given by it), which go to the agent
   as a call of the tool.
@@ -74,7 +75,7 @@ def shaped_model() -> Iterator[ShapedModel]:
 def shaped(request: dict[str, Any]) -> dict[str, Any]:
     """What goes to the model for a request of the agent; with a `response_format` where it has to write a note."""
     messages = [_shaped_message(message) for message in request["messages"]]
-    asked = {
+    asked: dict[str, Any] = {
         "messages": messages,
         "stream": True,
         "stream_options": {"include_usage": True},
@@ -83,10 +84,14 @@ def shaped(request: dict[str, Any]) -> dict[str, Any]:
         "repeat_penalty": 1.1,
         "max_tokens": 400,
     }
+    last = messages[-1]["content"]
+    if "long" not in last:
+        asked["stop"] = [".", "!", "?", "\n"]
     offered = {tool["function"]["name"] for tool in request.get("tools") or ()}
-    if messages[-1]["role"] == "user" and "note" in messages[-1]["content"] and "write" in offered:
+    if request["messages"][-1]["role"] == "user" and "note" in last and "write" in offered:
         schema = {"name": "write", "schema": _NOTE_SCHEMA}
-        return {**asked, "stream": False, "response_format": {"type": "json_schema", "json_schema": schema}}
+        form = {"type": "json_schema", "json_schema": schema}
+        return {**asked, "stream": False, "stop": [], "response_format": form}
     return asked
 
 
