@@ -1,4 +1,4 @@
-"""Command line of the gateway: `acp-gateway up | serve | keys`."""
+"""Command line of the gateway: `acp-gateway up | serve | keys | agents`."""
 
 import os
 
@@ -27,7 +27,7 @@ from gateway.app import Gateway
 from gateway.auth import KeyFile, KeyFileError, Scope, UnknownKey
 from gateway.config import GatewayConfig, SettingError
 from gateway.logs import configure_logs
-from gateway.supervisor import RuntimeFailed, RuntimeProcess
+from gateway.supervisor import RuntimeFailed, RuntimeProcess, runtime_command
 
 app = typer.Typer(
     help="The ACP gateway: the ACP REST API in front of agents behind a gRPC RunService.",
@@ -37,6 +37,14 @@ app = typer.Typer(
 )
 keys_app = typer.Typer(help="API keys: make, list and revoke them.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
+agents_app = typer.Typer(help="The agents of this machine: check them.", no_args_is_help=True)
+app.add_typer(agents_app, name="agents")
+
+
+@agents_app.callback()
+def _agents() -> None:
+    """Keep `check` a command of its own while it is the only one."""
+
 
 _DATA_DIR = Path(".acp")
 # Before `serve` there may be who balances, and who has to hear first. Before `up` there is nobody.
@@ -244,6 +252,24 @@ def keys_revoke(
     with _Complaints():
         _key_file(keys_file, data_dir).revoke(key_id)
         print(f"{key_id} is revoked.")
+
+
+@agents_app.command("check")
+def agents_check(
+    server: Annotated[str | None, typer.Argument(help="Check this one alone; without, all that are declared.")] = None,
+    servers: Servers = None,
+    limit_seconds: Annotated[float, typer.Option(min=0.1, help="Time for each agent to end its turn.")] = 60.0,
+) -> None:
+    """Start each declared agent, speak to it, and say what works and what is missing; exit code 1 if anything is.
+
+    Each is asked one small turn: a model behind an account is paid for it. Nothing is stored.
+    """
+    arguments = ["check-agents", "--limit-seconds", str(limit_seconds)]
+    if servers is not None:
+        arguments += ["--servers", str(servers)]
+    command = runtime_command(*arguments, *(["--", server] if server is not None else []))
+    # In the place of this process: it is the one at the terminal, and its exit code is the answer.
+    os.execv(command[0], command)  # noqa: S606 - the same interpreter; no shell is wanted
 
 
 def _config(context: typer.Context, **more: Any) -> GatewayConfig:

@@ -21,6 +21,11 @@ _MAX_BACKOFF_SECONDS = 5.0
 _STOP_MARGIN_SECONDS = 10.0
 
 
+def runtime_command(*arguments: str) -> list[str]:
+    """Return the command line that runs a command of the runtime service."""
+    return [sys.executable, "-m", "runtime_service", *arguments]
+
+
 class RuntimeFailed(Exception):
     """The runtime service did not start; its own words are on standard error."""
 
@@ -80,15 +85,7 @@ class RuntimeProcess:
     async def _spawn(self) -> asyncio.subprocess.Process:
         self._ready_file.unlink(missing_ok=True)
         return await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "runtime_service",
-            "serve",
-            "--listen",
-            self.target,
-            "--ready-file",
-            str(self._ready_file),
-            *self._arguments,
+            *runtime_command("serve", "--listen", self.target, "--ready-file", str(self._ready_file), *self._arguments),
             env=self._environment,
             stdin=asyncio.subprocess.PIPE,
             # A Ctrl-C at the terminal is for this process alone, which then ends the other in order.

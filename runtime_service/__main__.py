@@ -11,6 +11,7 @@ import json
 import logging
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,10 +22,12 @@ import structlog
 import typer
 import uvloop
 
+from runtime_service.agent_check import END_SECONDS, check_agent
+from runtime_service.agents import Finding
 from runtime_service.config import RuntimeConfig, SettingError
 from runtime_service.errors import StoreUnavailable
 from runtime_service.executor import ExecutorLimits
-from runtime_service.registry import ConfigurationError
+from runtime_service.registry import ConfigurationError, load_registry
 from runtime_service.retention import RetentionLimits, delete_old_runs
 from runtime_service.server import RuntimeServer
 from runtime_service.session import SessionLimits
@@ -44,6 +47,9 @@ app = typer.Typer(
 
 
 DataDir = Annotated[Path, typer.Option(envvar="ACP_DATA_DIR", help="Folder of the run store; made when it is missing.")]
+Servers = Annotated[
+    Path | None, typer.Option(envvar="ACP_SERVERS", help="A servers.toml; without one the built-in servers.")
+]
 Store = Annotated[
     str | None,
     typer.Option(
@@ -71,10 +77,7 @@ def serve(
             "without it that of --listen, or for 0.0.0.0 this machine's name.",
         ),
     ] = None,
-    servers: Annotated[
-        Path | None,
-        typer.Option(envvar="ACP_SERVERS", help="A servers.toml; without one the built-in servers."),
-    ] = None,
+    servers: Servers = None,
     service_token: Annotated[
         str,
         typer.Option(
@@ -204,6 +207,71 @@ async def _delete_runs(config: RuntimeConfig, days: float) -> None:
     finally:
         await store.close()
         print(f"deleted {deleted.runs} runs, with {deleted.turns} turns and {deleted.events} events")
+
+
+@app.command()
+def check_agents(
+    server: Annotated[str | None, typer.Argument(help="Check this one alone; without, all that are declared.")] = None,
+    servers: Servers = None,
+    limit_seconds: Annotated[float, typer.Option(min=0.1, help="Time for each agent to end its turn.")] = 60.0,
+) -> None:
+    """Start each declared agent, speak to it, and say what works and what is missing; exit code 1 if anything is.
+
+    Each is asked one small turn: a model behind an account is paid for it. Nothing is stored.
+    """
+    with _complaints():
+        if not uvloop.run(_check_agents(servers, server, limit_seconds)):
+            raise typer.Exit(1)
+
+
+async def _check_agents(path: Path | None, name: str | None, limit_seconds: float) -> bool:
+    """Check the agents and print what comes of it; return whether all of them work."""
+    registry = load_registry(path)
+    bound = {resource: runtime for (_, resource), runtime in registry.bindings.items()}
+    declared = [*registry.servers, *bound]
+    if name is not None and name not in declared:
+        raise ConfigurationError(f"there is no server {name!r} among those that are declared: {', '.join(declared)}")
+    missing = []
+    checked = [server for server in registry.servers.values() if name is None or server.id == bound.get(name, name)]
+    try:
+        for server in checked:
+            typer.secho(server.id, bold=True)
+            giving_up = _end_after(
+                limit_seconds + 2 * END_SECONDS, "  missing  It holds up the event loop: no check can go on."
+            )
+            if not await check_agent(server, _print_finding, limit_seconds):
+                missing.append(server.id)
+            giving_up.cancel()
+        for resource, runtime in bound.items():
+            if name is None or name == resource:
+                typer.echo(f"{resource} is bound to {runtime}.")
+        if missing:
+            typer.echo(f"{len(missing)} of {len(checked)} agents: something is missing: {', '.join(missing)}.")
+        else:
+            typer.echo("All agents work." if name is None else f"{checked[0].id} works.")
+    finally:
+        _end_after(END_SECONDS)
+        await registry.close()
+    return not missing
+
+
+def _print_finding(finding: Finding) -> None:
+    word, colour = ("works  ", typer.colors.GREEN) if finding.works else ("missing", typer.colors.RED)
+    typer.echo(f"  {typer.style(word, fg=colour)}  {finding.text}")
+
+
+def _end_after(seconds: float, words: str | None = None) -> threading.Timer:
+    """End the process with exit code 1 after so long, whatever hinders it, unless it has ended or this is cancelled."""
+
+    def end() -> None:
+        if words is not None:
+            typer.echo(words)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 @contextmanager

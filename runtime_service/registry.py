@@ -1,11 +1,16 @@
-"""servers.toml: agent runtimes, and the resources that are bound to them. Checked whole when it is read."""
+"""servers.toml: agent runtimes, and the resources that are bound to them. Checked whole when it is read.
+
+Kinds of agents are those built in and those of other packages, which offer them as entry points.
+"""
 
 import os
 import sys
 import tomllib
 from collections.abc import Mapping
 from importlib import import_module
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from importlib.resources import files
+from inspect import isabstract
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,8 +27,12 @@ AGENT_KINDS: dict[str, str] = {
     "openai": "runtime_service.agents.openai:OpenAIAgent",
     "local": "runtime_service.agents.local:LocalAgent",
     "agent_client_protocol": "runtime_service.agents.agent_client_protocol.agent:AgentClientProtocolAgent",
+    "a2a": "runtime_service.agents.a2a:A2AAgent",
 }
-"""Each kind of agent and its class, imported when a server names it."""
+"""Each kind of agent that is built in, and its class, imported when a server names it."""
+
+PLUGINS = "acp_gateway.agents"
+"""The group of entry points by which other packages offer kinds: the name is the kind, the value its class."""
 
 
 class _ServerTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -86,6 +95,16 @@ class Registry:
             raise ServerNotFound(f"There is no agent runtime {shown(server_id)}.{hint}")
         return server
 
+    @property
+    def servers(self) -> Mapping[str, Server]:
+        """The agent runtimes by id, as they are declared."""
+        return self._servers
+
+    @property
+    def bindings(self) -> Mapping[tuple[str, str], str]:
+        """The agent runtime of each other resource, by its organization and id."""
+        return self._bindings
+
     def executor_of(self, server_id: str) -> Server | None:
         """Return the server that executes a stored run, or None when it is not declared any more."""
         return self._servers.get(server_id)
@@ -113,12 +132,13 @@ def load_registry(path: Path | None) -> Registry:
         raise ConfigurationError(f"{path} cannot be read: {os.strerror(error.errno or 0)}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
         raise ConfigurationError(f"{name}: {error}.") from error
+    plugins = entry_points(group=PLUGINS)
     servers: dict[str, Server] = {}
     bindings: dict[tuple[str, str], str] = {}
     for server_id, table in file.servers.items():
         where = f"{name}: servers.{server_id}"
         if table.kind == AGENT_RUNTIME:
-            servers[server_id] = _make_server(where, server_id, table)
+            servers[server_id] = _make_server(where, server_id, table, plugins)
         elif table.agent_runtime is None or table.agent is not None or table.options:
             raise ConfigurationError(
                 f"{where}: a {table.kind!r} is bound to an agent runtime: give `agent_runtime`, "
@@ -135,15 +155,54 @@ def load_registry(path: Path | None) -> Registry:
     return Registry(servers, bindings)
 
 
-def _make_server(where: str, server_id: str, table: _ServerTable) -> Server:
-    if table.agent not in AGENT_KINDS or table.agent_runtime is not None:
-        kinds = ", ".join(sorted(AGENT_KINDS))
+def _make_server(where: str, server_id: str, table: _ServerTable, plugins: EntryPoints) -> Server:
+    names = {*AGENT_KINDS, *plugins.names}
+    if table.agent not in names or table.agent_runtime is not None:
+        kinds = ", ".join(sorted(names))
         raise ConfigurationError(f"{where}: an agent runtime needs `agent`, one of {kinds}, and no `agent_runtime`.")
-    module, _, name = AGENT_KINDS[table.agent].partition(":")
-    kind: type[Agent] = getattr(import_module(module), name)
+    kind = _load_kind(where, table.agent, list(plugins.select(name=table.agent)))
     try:
         # An agent's constructor takes its Options.
         agent: Agent = kind(msgspec.convert(table.options, kind.Options))  # type: ignore[call-arg]
     except (msgspec.ValidationError, ValueError) as error:
         raise ConfigurationError(f"{where}: options: {error}.") from error
     return Server(server_id, table.organization, agent, table.turn_timeout_seconds, table.repeatable, table.questions)
+
+
+def _load_kind(where: str, name: str, plugins: list[EntryPoint]) -> type[Agent]:
+    """Import the class of a kind, of this one alone. Raises ConfigurationError."""
+    if name in AGENT_KINDS:
+        if plugins:
+            raise ConfigurationError(
+                f"{where}: the agent {name!r} is built in, and {_told(plugins)} offers one of that name: "
+                "uninstall it, or let it take another name."
+            )
+        module, _, attribute = AGENT_KINDS[name].partition(":")
+        built_in: type[Agent] = getattr(import_module(module), attribute)
+        return built_in
+    if len(plugins) > 1:
+        raise ConfigurationError(f"{where}: the agent {name!r} is offered twice: {_told(plugins)}; uninstall one.")
+    try:
+        kind = plugins[0].load()
+    except (Exception, SystemExit) as error:  # importing it runs code of others
+        raise ConfigurationError(
+            f"{where}: the agent {name!r} cannot be imported: {_told(plugins)} raised {type(error).__name__}: {error}."
+        ) from error
+    if not (isinstance(kind, type) and issubclass(kind, Agent)) or isabstract(kind):
+        raise ConfigurationError(
+            f"{where}: the agent {name!r} is unusable: {_told(plugins)} is no subclass of "
+            "runtime_service.agents.Agent with a `run`."
+        )
+    options = getattr(kind, "Options", None)
+    if not (isinstance(options, type) and issubclass(options, msgspec.Struct)):
+        raise ConfigurationError(
+            f"{where}: the agent {name!r} is unusable: {_told(plugins)} has no `Options`, a msgspec.Struct."
+        )
+    return kind
+
+
+def _told(plugins: list[EntryPoint]) -> str:
+    """Name the entry points, with the packages that they come from."""
+    return ", ".join(
+        f"the entry point {each.value!r} of the package {each.dist.name if each.dist else '?'}" for each in plugins
+    )

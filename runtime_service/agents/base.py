@@ -185,6 +185,13 @@ class TurnContext:
         return await self.surroundings.ask(question, options, tool_kind, metadata)
 
 
+class Finding(msgspec.Struct, frozen=True):
+    """What a check of an agent found, in words: something that works, or is missing, and then what to do about it."""
+
+    text: str
+    works: bool = True
+
+
 class AgentError(Exception):
     """Raised by an agent whose turn failed for a reason that the caller may read and can act on.
 
@@ -221,6 +228,15 @@ class Agent(ABC):
     def unavailable_reason(self) -> str | None:
         """Return why turns cannot be executed here and what to do about it, or None when they can. Cheap."""
         return None
+
+    async def check(self) -> AsyncGenerator[Finding]:
+        """Say, for the one who set the agent up, what works here and what is missing: each as soon as it is known.
+
+        Unless something is missing, a small turn is executed after it. A kind that can know more without one, such as
+        what the other side of a connection offers, says so here; it may take its time. Raises what `run` may.
+        """
+        if reason := self.unavailable_reason():
+            yield Finding(reason, works=False)
 
     @abstractmethod
     def run(self, turn: TurnContext) -> AsyncGenerator[AgentSays]:

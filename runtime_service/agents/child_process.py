@@ -24,7 +24,10 @@ from runtime_service.agents.process_family import Family
 
 log = logging.getLogger(__name__)
 
-_READ_BYTES = 1 << 16
+_READ_BYTES = 1 << 14
+"""As much as is read, and gone through line by line, before others have their turn."""
+_PIPE_BYTES = 1 << 16
+"""What a pipe holds: the last words of a child that has ended are read at once."""
 _ERRORS_BYTES = 4096
 _KILL_SECONDS = 10.0
 """How long an end waits for what it has killed. A process that waits for its disk dies later."""
@@ -195,7 +198,7 @@ class ChildProcess:
         else:
             await self._stdout.ready()
         try:
-            data = self._stdout.read()
+            data = self._stdout.read(_READ_BYTES)
         except BlockingIOError:
             return not self._exited.done()
         if not data:
@@ -214,7 +217,7 @@ class ChildProcess:
 
     def _read_errors(self) -> None:
         with suppress(BlockingIOError):
-            data = self._stderr.read()
+            data = self._stderr.read(_PIPE_BYTES)
             self._errors = (self._errors + data)[-_ERRORS_BYTES:]
             if not data:
                 self._stderr.close()
@@ -243,9 +246,9 @@ class _PipeEnd:
         self._waiting: asyncio.Future[None] | None = None
         os.set_blocking(file.fileno(), False)
 
-    def read(self) -> bytes:
+    def read(self, at_most: int) -> bytes:
         """Return what there is, b"" at the end. Raises BlockingIOError."""
-        return b"" if self._file.closed else os.read(self._file.fileno(), _READ_BYTES)
+        return b"" if self._file.closed else os.read(self._file.fileno(), at_most)
 
     def write(self, data: memoryview) -> int:
         """Return how much has gone. Raises BlockingIOError, BrokenPipeError."""

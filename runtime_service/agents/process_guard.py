@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 
-GUARD_LIMIT_SECONDS = 10.0
+_LIMIT_SECONDS = 10.0
 """How long the guard goes on looking. What cannot be killed by then waits for its disk, or is not ours to kill."""
 
 _PAUSE_SECONDS = 0.05
@@ -104,15 +104,12 @@ def _guard(mark: bytes) -> None:
     while os.read(0, 1):
         pass
     started = time.monotonic()
-    known: set[tuple[int, int]] = set()
     rounds_without = 0
-    # Twice, because one that starts another while /proc is read may be gone and the other one not there yet.
-    while rounds_without < 2 and time.monotonic() - started < GUARD_LIMIT_SECONDS:
+    # Twice, because a child that is just being started has no environment that can be seen for a moment.
+    while rounds_without < 2 and time.monotonic() - started < _LIMIT_SECONDS:
         living = processes()
-        seeds = {pid for pid, start in known if pid in living and living[pid].start == start}
-        found = family(living, seeds | set(marked(list(living), mark)), set())
+        found = family(living, set(marked(list(living), mark)), set())
         kill(found)
-        known = {(pid, living[pid].start) for pid in found}
         rounds_without = 0 if found else rounds_without + 1
         time.sleep(_PAUSE_SECONDS)
 

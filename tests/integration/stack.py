@@ -394,13 +394,19 @@ async def serving(
     folder: Path,
     limits: ExecutorLimits | None = None,
     *,
-    servers: str = SERVERS,
+    servers: str | Path = SERVERS,
     wire: Wire | None = None,
     **settings: Any,
 ) -> AsyncIterator[Stack]:
-    """Serve with these settings of the gateway, over a data directory in `folder`, through the wire if there is one."""
-    toml = folder / "servers.toml"
-    toml.write_text(servers)
+    """Serve with these settings of the gateway, over a data directory in `folder`, through the wire if there is one.
+
+    `servers` is a servers.toml, or what is to be in one.
+    """
+    if isinstance(servers, Path):
+        toml = servers
+    else:
+        toml = folder / "servers.toml"
+        toml.write_text(servers)
     runtime = RuntimeConfig(
         data_dir=folder / "data",
         service_token=TOKEN,

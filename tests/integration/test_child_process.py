@@ -200,12 +200,13 @@ def test_child_process_that_ignores_sigterm_is_killed_after_the_grace(run: RunCh
 @pytest.mark.parametrize(
     "family",
     [
-        "trap '' TERM; sleep 600 & echo $!; wait",
+        "(trap '' TERM; exec sleep 600) & echo $!; wait",
         "setsid sleep 600 & echo $!; wait",
         "env -i setsid sleep 600 & echo $!; wait",
+        "env -i PATH=\"$PATH\" setsid sh -c '(sleep 600 & echo $!); sleep 600' & wait",
         f"'{sys.executable}' -I -S -c '{DAEMON}'; sleep 600",
     ],
-    ids=["same group", "own session", "own session, no environment", "daemon with the pipes"],
+    ids=["same group", "own session", "own session, no environment", "no parent either", "daemon with the pipes"],
 )
 def test_child_process_takes_along_what_it_started(run: RunChecked, family: str) -> None:
     """Wherever they have gone."""
@@ -214,7 +215,8 @@ def test_child_process_takes_along_what_it_started(run: RunChecked, family: str)
         async with child_of("sh", "-c", family) as child:
             pid = int(await child.read_line())
             assert not is_gone(pid)
-            await child.end(0)
+            # So that the child, which ends at once, has gone when the others are killed.
+            await child.end(LIMIT_SECONDS)
             assert is_gone(pid)
 
     run(main())
@@ -298,7 +300,7 @@ def test_child_process_that_dies_ends_a_write_that_waits(run: RunChecked) -> Non
     """Although somebody else, who does not read, holds its stdin open."""
 
     async def main() -> None:
-        async with child_of("sh", "-c", "sleep 600 <&0 & echo; exec sleep 600") as child:
+        async with child_of("sh", "-c", "exec 3<&0; sleep 600 <&3 & echo; exec sleep 600") as child:
             await child.read_line()
             writing = asyncio.create_task(child.write_line(b"x" * MIB + b"\n", LIMIT_SECONDS))
             await eventually(lambda: child._unwritten and len(child._unwritten) < MIB)
@@ -415,16 +417,17 @@ def test_child_process_reader_of_a_flood_lets_others_run(run: RunChecked) -> Non
 
     async def main() -> None:
         async with child_of("yes") as child:
+            read = 0
 
-            async def read() -> None:
-                while await child.read_line():
-                    pass
+            async def count() -> None:
+                nonlocal read
+                while read < 1_000_000 and await child.read_line():
+                    read += 1
 
-            reading = asyncio.create_task(read())
-            started = time.monotonic()
-            for _ in range(100):
+            reading = asyncio.create_task(count())
+            for _ in range(20):
                 await asyncio.sleep(0)
-            assert time.monotonic() - started < LIMIT_SECONDS
+            assert read < 500_000
             await child.end(0)
             await reading
 
@@ -441,6 +444,30 @@ def test_child_process_never_waits_for_its_stderr_to_be_read(run: RunChecked) ->
             await child.wait()
             assert child.last_errors.endswith("eethe \ufffd end")
             assert len(child.last_errors) <= 4096
+
+    run(main())
+
+
+def test_child_process_that_closes_stderr_is_not_asked_again(run: RunChecked) -> None:
+    """A pipe at its end is always ready: it would keep the loop busy."""
+
+    async def main() -> None:
+        async with child_of("sh", "-c", "echo last >&2; exec 2>&-; exec sleep 600") as child:
+            await eventually(lambda: child._stderr._file.closed)
+            assert child.last_errors == "last\n"
+            assert child.exit_status is None
+
+    run(main())
+
+
+def test_child_process_has_its_last_words_read_with_its_exit(run: RunChecked) -> None:
+    """However many they are, and whatever the loop comes to first."""
+
+    async def main() -> None:
+        async with child_of("sh", "-c", "head -c 60000 /dev/zero >&2; echo end >&2; exit 1") as child:
+            os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # noqa: ASYNC222 - so that all is there at once
+            assert await child.wait() == 1
+            assert child.last_errors.endswith("\0end\n")
 
     run(main())
 

@@ -486,7 +486,7 @@ def test_read_messages_leaves_answers_out(stores: Stores) -> None:
 
 
 def test_read_latest_log_finds_the_newest_of_its_type(stores: Stores) -> None:
-    """In whatever turn, of this run alone, whole; a message that is labelled so is none."""
+    """In whatever turn, of this run alone, whole, whoever said it."""
 
     async def check(store: RunStore) -> None:
         run, other = await running(store), await running(store)
@@ -504,7 +504,7 @@ def test_read_latest_log_finds_the_newest_of_its_type(stores: Stores) -> None:
             key_of(run), [entry("two", "session"), entry("three", "session", EventRole.ASSISTANT)], COMPLETED
         )
         resumed = (await store.continue_run(next_turn(run), claim=True)).run
-        assert await latest("session") == change.events[0]
+        assert await latest("session") == change.events[1]
         await store.append_events(key_of(resumed), [entry("four", "session")])
         found = await latest("session")
         assert found is not None

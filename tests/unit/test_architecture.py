@@ -17,6 +17,7 @@ LAYERS = [
     ["live_run", "agent_events", "retention", "validation"],
     ["questions"],
     ["registry"],
+    ["agent_check"],
     ["event_log"],
     ["speech", "asking"],
     ["execution"],
@@ -114,7 +115,8 @@ def test_document_names_every_module() -> None:
     document = (ROOT / "docs" / "architecture.md").read_text("utf-8")
     for path in (RUNTIME | GATEWAY).values():
         folder = path.parent.name
-        lines = [line for line in document.splitlines() if folder in ("agents", "store") or f" {folder}/" in line]
+        is_paragraph = folder in ("agents", "agent_client_protocol", "store")
+        lines = [line for line in document.splitlines() if is_paragraph or f" {folder}/" in line]
         assert path.name == "__init__.py" or re.search(rf"\b{path.name}\b", "\n".join(lines)), path
 
 
@@ -178,7 +180,7 @@ def test_only_the_composition_names_a_kind_of_store() -> None:
 
 def test_only_the_registry_names_kinds_of_agents() -> None:
     """Everybody else knows the Agent protocol, and the registry names kinds by string, imported when asked for."""
-    kinds = ("echo", "python", "openai", "local", "agent_client_protocol")
+    kinds = ("echo", "python", "openai", "local", "agent_client_protocol", "a2a")
     for module, path in RUNTIME.items():
         if room_of(module) != "agents":
             for name in imports_of(path):

@@ -106,7 +106,7 @@ def test_registry_without_a_file_has_the_built_in_servers() -> None:
     assert registry.resolve("default", "echo", connected=False).id == "echo"
     assert registry.resolve("default", "storefront", connected=True).id == "assistant"
     run_async(registry.close())
-    assert set(AGENT_KINDS) == {"echo", "python", "openai", "local"}
+    assert set(AGENT_KINDS) == {"echo", "python", "openai", "local", "agent_client_protocol", "a2a"}
 
 
 def test_registry_finds_python_agents_beside_the_file(tmp_path: Path) -> None:
@@ -142,9 +142,9 @@ MISTAKES = [
     (server("kind = 7"), "$.servers[...].kind"),
     (
         server('kind = "agent_runtime"'),
-        r"servers.mine: an agent runtime needs `agent`, one of echo, local, openai, python",
+        r"servers.mine: an agent runtime needs `agent`, one of a2a, echo, local, openai, python",
     ),
-    (server('kind = "agent_runtime"\nagent = "ecko"'), r"servers.mine: an agent runtime needs `agent`, one of echo"),
+    (server('kind = "agent_runtime"\nagent = "ecko"'), r"servers.mine: an agent runtime needs `agent`, one of a2a"),
     (server('kind = "agent_runtime"\nagent = "echo"\nagent_runtime = "x"'), "servers.mine: .* no `agent_runtime`"),
     (server('kind = "agent_runtime"\nagent = "echo"\nagnet = "x"'), "unknown field `agnet`"),
     (server('kind = "agent_runtime"\nagent = "echo"\nturn_timeout_seconds = 0'), "turn_timeout_seconds"),

@@ -241,7 +241,8 @@ class Transcript:
             return []
         self._configuration = values
         text = ", ".join(f"{name} = {value}" for name, value in values.items())
-        return [Log(f"The agent's settings are now {text}.", type="configuration", metadata=values)]
+        shown = f"The agent's settings are now {text}." if text else "The agent has no settings."
+        return [Log(shown, type="configuration", metadata=values)]
 
 
 def merged(outputs: list[Said]) -> tuple[Said, ...]:

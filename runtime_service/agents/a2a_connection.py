@@ -1,0 +1,275 @@
+"""One remote agent: its card, and the calls to it. All that it raises is an `AgentError`.
+
+Knows nothing of turns, and does not look into what the agent says. Imports the library: import this only where it is
+needed.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import httpx
+from a2a.client import A2ACardResolver, A2AClientError, Client, ClientConfig, ClientFactory
+from a2a.types import (
+    AgentCard,
+    CancelTaskRequest,
+    GetTaskRequest,
+    Message,
+    Part,
+    Role,
+    SendMessageConfiguration,
+    SendMessageRequest,
+    StreamResponse,
+    SubscribeToTaskRequest,
+    Task,
+)
+from a2a.utils.errors import A2AError
+
+from runtime_service.agents.a2a_failures import StreamCut, TaskUnknown, TooLarge, cut, failure_of, silent
+from runtime_service.agents.a2a_options import A2AOptions
+from runtime_service.agents.base import AgentError
+
+log = logging.getLogger(__name__)
+# It would log each card whole, however large that is.
+logging.getLogger("a2a.client.card_resolver").setLevel(logging.WARNING)
+
+_CONNECT_SECONDS = 10.0
+_CALL_SECONDS = 30.0
+_CARD_SECONDS = 300.0
+_FIRST_POLL_SECONDS = 0.2
+_LAST_POLL_SECONDS = 5.0
+_MAX_RECEIVED_BYTES = 16 << 20
+"""Of one answer, or of one event of a stream."""
+_BINDINGS = ["JSONRPC", "HTTP+JSON"]
+
+_T = TypeVar("_T")
+
+
+class Connection:
+    """Shared by all turns with the agent. The card is read when it is needed, again after five minutes or a failure."""
+
+    def __init__(self, options: A2AOptions) -> None:
+        self._options = options
+        seconds = options.timeout_seconds
+        self._http = _BoundedClient(
+            headers=options.headers() | {"Accept-Encoding": "identity"},
+            timeout=httpx.Timeout(seconds, connect=min(_CONNECT_SECONDS, seconds)),
+            # A turn holds a connection as long as it lasts: how many there may be is the runtime's to say.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=20),
+        )
+        self._reading: asyncio.Task[Client] | None = None
+        self._client: Client | None = None
+        self._streams = False
+        self._card_read_at = 0.0
+
+    async def send(
+        self, text: str, *, message_id: str, context_id: str | None, task_id: str | None
+    ) -> AsyncGenerator[StreamResponse]:
+        """Say something to the agent; give what it answers, until the caller has heard enough.
+
+        Raises StreamCut when the agent ends before that.
+        """
+        client = await self._open_client()
+        streams = self._streams
+        request = SendMessageRequest(
+            message=Message(
+                role=Role.ROLE_USER,
+                message_id=message_id,
+                context_id=context_id or "",
+                task_id=task_id or "",
+                parts=[Part(text=text)],
+            ),
+            configuration=SendMessageConfiguration(return_immediately=not streams, history_length=0),
+        )
+        begun: Task | None = None
+        async with aclosing(self._responses(client.send_message(request))) as responses:
+            async for response in responses:
+                yield response
+                if response.HasField("task"):
+                    begun = response.task
+        if streams or begun is None:
+            raise cut(self._options)
+        async with aclosing(self._poll(client, begun)) as responses:
+            async for response in responses:
+                yield response
+
+    async def resume(self, task_id: str) -> AsyncGenerator[StreamResponse]:
+        """Give the task as it is now, and what follows, until the caller has heard enough. Raises TaskUnknown."""
+        client = await self._open_client()
+        if self._streams:
+            try:
+                subscription = client.subscribe(SubscribeToTaskRequest(id=task_id))
+                async with aclosing(self._responses(subscription)) as responses:
+                    async for response in responses:
+                        yield response
+                raise cut(self._options)
+            except (StreamCut, TaskUnknown):
+                raise
+            except AgentError as error:
+                # The task has ended, or the agent streams only what it is asked at the time.
+                if error.code not in ("AGENT_REQUEST_INVALID", "AGENT_PROTOCOL_ERROR", "AGENT_NOT_FOUND"):
+                    raise
+        async with aclosing(self._poll(client, Task(id=task_id))) as responses:
+            async for response in responses:
+                yield response
+
+    async def cancel(self, task_id: str) -> None:
+        """Ask the agent to end the task."""
+        client = await self._open_client()
+        await self._called(client.cancel_task(CancelTaskRequest(id=task_id)))
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.wait([self._reading])
+        await self._http.aclose()
+
+    async def _poll(self, client: Client, last: Task) -> AsyncGenerator[StreamResponse]:
+        """Give the task whenever it is another than it was last."""
+        loop = asyncio.get_running_loop()
+        changed_at = loop.time()
+        pause = _FIRST_POLL_SECONDS
+        while True:
+            await asyncio.sleep(pause)
+            task = await self._called(client.get_task(GetTaskRequest(id=last.id, history_length=0)), begun=True)
+            if task != last:
+                last = task
+                yield StreamResponse(task=task)
+                changed_at = loop.time()
+                pause = _FIRST_POLL_SECONDS
+            elif loop.time() - changed_at > self._options.timeout_seconds:
+                raise silent(self._options)
+            else:
+                pause = min(2 * pause, _LAST_POLL_SECONDS)
+
+    async def _responses(self, stream: AsyncIterator[StreamResponse]) -> AsyncGenerator[StreamResponse]:
+        """Hand on the stream; each response in its time."""
+        begun = False
+        # The library declares less than it gives.
+        assert isinstance(stream, AsyncGenerator)
+        async with aclosing(stream):
+            while True:
+                try:
+                    async with asyncio.timeout(self._options.timeout_seconds):
+                        response = await anext(stream, None)
+                except Exception as error:  # the library does not say what it raises
+                    raise self._failed(error, begun=begun) from error
+                if response is None:
+                    return
+                begun = True
+                yield response
+
+    async def _called(self, call: Awaitable[_T], *, begun: bool = False) -> _T:
+        try:
+            async with asyncio.timeout(min(_CALL_SECONDS, self._options.timeout_seconds)):
+                return await call
+        except Exception as error:  # the library does not say what it raises
+            raise self._failed(error, begun=begun) from error
+
+    async def _open_client(self) -> Client:
+        now = asyncio.get_running_loop().time()
+        if self._client is not None and now - self._card_read_at <= _CARD_SECONDS:
+            return self._client
+        # One for all who wait: where the agent hangs they are not to wait for each other's time limits.
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.create_task(self._read_card())
+            # Perhaps nobody waits any more when it fails.
+            self._reading.add_done_callback(lambda reading: reading.cancelled() or reading.exception())
+        return await asyncio.shield(self._reading)
+
+    async def _read_card(self) -> Client:
+        resolver = A2ACardResolver(self._http, self._options.url)
+        card = await self._called(resolver.get_agent_card(self._options.card_path))
+        self._client = client = self._client_of(card)
+        self._streams = self._options.streaming and card.capabilities.streaming
+        self._card_read_at = asyncio.get_running_loop().time()
+        return client
+
+    def _client_of(self, card: AgentCard) -> Client:
+        options = self._options
+        bindings = _BINDINGS if options.protocol_binding is None else [options.protocol_binding]
+        usable = [
+            interface
+            for interface in card.supported_interfaces
+            if interface.protocol_binding in bindings and interface.url.startswith(("http://", "https://"))
+        ]
+        if not usable:
+            there = ", ".join(sorted({interface.protocol_binding[:40] for interface in card.supported_interfaces}))
+            message = (
+                f"The card of the agent at {options.host} offers {there or 'no way to speak to it'}; "
+                f"spoken here: {', '.join(bindings)}."
+            )
+            raise AgentError(message, "AGENT_CARD_INVALID")
+        allowed = [each for each in usable if not options.headers() or options.may_see_secrets(each.url)]
+        if not allowed:
+            message = (
+                f"The card of the agent at {options.host} sends its callers to {usable[0].url[:200]!r}, which is "
+                "not to see their credentials. If it may, name its host in secrets_hosts; by http only where url is."
+            )
+            raise AgentError(message, "AGENT_CARD_INVALID")
+        del card.supported_interfaces[:]
+        card.supported_interfaces.extend(allowed)
+        config = ClientConfig(
+            streaming=options.streaming, httpx_client=self._http, supported_protocol_bindings=list(bindings)
+        )
+        try:
+            return ClientFactory(config).create(card)
+        except Exception as error:  # the library does not say what it raises
+            message = f"The card of the agent at {options.host} cannot be used."
+            raise AgentError(message, "AGENT_CARD_INVALID") from error
+
+    def _failed(self, error: Exception, *, begun: bool) -> AgentError:
+        """Translate; after all but a plain answer the card is read again next time."""
+        if isinstance(error, A2AClientError) or not isinstance(error, A2AError):
+            self._client = None
+        kind, said = type(error).__name__, self._options.quoted(str(error))
+        log.warning("the agent at %s failed: %s: %s", self._options.host, kind, said)
+        return failure_of(error, self._options, begun=begun)
+
+
+class _BoundedClient(httpx.AsyncClient):
+    """Takes no more than `_MAX_RECEIVED_BYTES` at once: the library reads answers and lines of any length."""
+
+    async def send(self, request: httpx.Request, *, stream: bool = False, **options: Any) -> httpx.Response:
+        response = await super().send(request, stream=True, **options)
+        try:
+            if response.headers.get("Content-Encoding", "identity") != "identity":
+                raise TooLarge("it is packed, and nobody asked for that", request=request)
+            assert isinstance(response.stream, httpx.AsyncByteStream)
+            events = "text/event-stream" in response.headers.get("Content-Type", "")
+            response.stream = _BoundedStream(response.stream, request, events=events)
+            if not stream:
+                await response.aread()
+        except BaseException:
+            await response.aclose()
+            raise
+        return response
+
+
+class _BoundedStream(httpx.AsyncByteStream):
+    """Counts the bytes: of a stream of events those since the last empty line, which ends an event."""
+
+    def __init__(self, stream: httpx.AsyncByteStream, request: httpx.Request, *, events: bool) -> None:
+        self._stream = stream
+        self._request = request
+        self._ends = (b"\n\n", b"\r\n\r\n", b"\r\r") if events else ()
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        received = 0
+        tail = b""
+        async for chunk in self._stream:
+            received += len(chunk)
+            seen = tail + chunk
+            end = max((seen.rfind(line) for line in self._ends), default=-1)
+            if end >= 0:
+                received = len(seen) - end
+            if received > _MAX_RECEIVED_BYTES:
+                raise TooLarge(f"more than {_MAX_RECEIVED_BYTES} bytes", request=self._request)
+            tail = seen[-3:]
+            yield chunk
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()

@@ -1,0 +1,495 @@
+"""The `a2a` agent with the official client, against servers that speak the protocol badly or not at all."""
+
+import asyncio
+import json
+import logging
+import resource
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import pytest
+from aiohttp import web
+
+from runtime_service.agents import AgentError, Delta, Message, TurnContext
+from runtime_service.agents import a2a_conversation as conversation
+from runtime_service.agents.a2a import A2AAgent
+from runtime_service.agents.a2a_options import A2AOptions
+from tests.support import GivenSurroundings, run_async
+
+SECRET = "very-secret-of-the-tests"
+VARIABLE = "A2A_SECRET_OF_THE_TESTS"
+FLOOD = 100_000
+
+Handler = Callable[[web.Request, dict[str, Any]], Awaitable[web.StreamResponse]]
+CardHandler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+WORKING = {"task": {"id": "t", "contextId": "c", "status": {"state": "TASK_STATE_WORKING"}}}
+COMPLETED = {"statusUpdate": {"taskId": "t", "contextId": "c", "status": {"state": "TASK_STATE_COMPLETED"}}}
+
+
+def piece(text: str, *, append: bool = True) -> dict[str, Any]:
+    """A piece of the artifact `a`."""
+    artifact = {"artifactId": "a", "parts": [{"text": text}]}
+    return {"artifactUpdate": {"taskId": "t", "contextId": "c", "artifact": artifact, "append": append}}
+
+
+def framed(event: object) -> bytes:
+    """A result as an event of the stream; text as it is."""
+    data = event if isinstance(event, str) else json.dumps({"jsonrpc": "2.0", "id": 1, "result": event})
+    return f"data: {data}\n\n".encode()
+
+
+async def begin_stream(request: web.Request, *events: object) -> web.StreamResponse:
+    """Send events, and leave the stream open."""
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+    await response.prepare(request)
+    for event in events:
+        await response.write(framed(event))
+    return response
+
+
+def streaming(*events: object) -> Handler:
+    """A handler that sends these events and ends."""
+
+    async def handle(request: web.Request, call: dict[str, Any]) -> web.StreamResponse:
+        return await begin_stream(request, *events)
+
+    return handle
+
+
+def answering(status: int = 200, body: str = "", content_type: str = "application/json") -> Handler:
+    """A handler that answers with this."""
+
+    async def handle(request: web.Request, call: dict[str, Any]) -> web.StreamResponse:
+        return web.Response(status=status, text=body, content_type=content_type)
+
+    return handle
+
+
+def card_of(request: web.Request, **more: Any) -> dict[str, Any]:
+    """The card of the server that is asked."""
+    interface = {"url": f"http://{request.host}/a2a", "protocolBinding": "JSONRPC", "protocolVersion": "1.0"}
+    return {"name": "bad", "capabilities": {"streaming": True}, "supportedInterfaces": [interface]} | more
+
+
+async def give_card(request: web.Request) -> web.StreamResponse:
+    """Answer with the card."""
+    return web.json_response(card_of(request))
+
+
+@asynccontextmanager
+async def serving(handler: Handler, card: CardHandler = give_card) -> AsyncIterator[str]:
+    """Serve an agent whose calls go to `handler`, with the method and the params; gives its base URL."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        return await handler(request, await request.json())
+
+    app = web.Application(client_max_size=1 << 26)
+    app.router.add_get("/.well-known/agent-card.json", card)
+    app.router.add_post("/a2a", handle)
+    runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        host, port = runner.addresses[0][:2]
+        yield f"http://{host}:{port}"
+    finally:
+        await runner.cleanup()
+
+
+async def ask(url: str, **options: Any) -> list[str]:
+    """The messages that an agent at this address says in one turn."""
+    agent = A2AAgent(A2AOptions(url, **options))
+    turn = TurnContext(input="hi", metadata={}, run_id="run", surroundings=GivenSurroundings())
+    try:
+        said: list[str] = []
+        async for output in agent.run(turn):
+            each = output if isinstance(output, tuple) else (output,)
+            said += [one.content for one in each if isinstance(one, Message)]
+        return said
+    finally:
+        await agent.close()
+
+
+def messages_of(handler: Handler, card: CardHandler = give_card, **options: Any) -> list[str]:
+    """The messages that the agent says when the remote one is `handler`."""
+
+    async def run() -> list[str]:
+        async with serving(handler, card) as url:
+            return await ask(url, **options)
+
+    return run_async(run())
+
+
+def failure_of(handler: Handler, card: CardHandler = give_card, **options: Any) -> AgentError:
+    """How the agent fails when the remote one is `handler`."""
+    with pytest.raises(AgentError) as caught:
+        messages_of(handler, card, **options)
+    return caught.value
+
+
+@pytest.fixture
+def _brief_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversation, "_TAKE_UP_PAUSES_SECONDS", (0, 0.01, 0.01))
+
+
+def test_a2a_agent_fails_when_nobody_listens() -> None:
+    """A server that is not there is AGENT_UNREACHABLE."""
+
+    async def run() -> None:
+        async with serving(streaming()) as url:
+            pass
+        await ask(url)
+
+    with pytest.raises(AgentError) as caught:
+        run_async(run())
+    assert caught.value.code == "AGENT_UNREACHABLE"
+    assert "url" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("status", "of_card", "of_call"),
+    [
+        (401, "AGENT_AUTHENTICATION_FAILED", "AGENT_AUTHENTICATION_FAILED"),
+        (403, "AGENT_AUTHENTICATION_FAILED", "AGENT_AUTHENTICATION_FAILED"),
+        (404, "AGENT_CARD_MISSING", "AGENT_NOT_FOUND"),
+        (302, "AGENT_REQUEST_INVALID", "AGENT_REQUEST_INVALID"),
+        (400, "AGENT_REQUEST_INVALID", "AGENT_REQUEST_INVALID"),
+        (429, "AGENT_RATE_LIMITED", "AGENT_RATE_LIMITED"),
+        (503, "AGENT_ERROR", "AGENT_ERROR"),
+    ],
+)
+@pytest.mark.parametrize("stream", [True, False])
+def test_a2a_agent_translates_each_status(status: int, of_card: str, of_call: str, stream: bool) -> None:
+    """Of the card and of a call, each has its code and says which status it was."""
+
+    async def refuse(request: web.Request) -> web.StreamResponse:
+        return web.Response(status=status)
+
+    for error, code in (
+        (failure_of(streaming(), refuse), of_card),
+        (failure_of(answering(status), streaming=stream), of_call),
+    ):
+        assert error.code == code
+        assert f"HTTP {status}" in error.message
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("no json", "no agent card"),
+        ("[1]", "no agent card"),
+        ('{"name": 5}', "no agent card"),
+        ("<html>It works!</html>", "no agent card"),
+        ('{"name": "x"}', "no way to speak to it"),
+        ('{"supportedInterfaces": [{"url": "h", "protocolBinding": "GRPC"}]}', "offers GRPC"),
+    ],
+)
+def test_a2a_agent_fails_on_what_is_no_card(body: str, words: str) -> None:
+    """A card that cannot be used is AGENT_CARD_INVALID."""
+
+    async def card(request: web.Request) -> web.StreamResponse:
+        return web.Response(text=body)
+
+    error = failure_of(streaming(), card)
+    assert error.code == "AGENT_CARD_INVALID"
+    assert words in error.message
+
+
+GARBAGE = [
+    "no json",
+    "42",
+    "[1]",
+    '{"result": 3}',
+    '{"result": {}}',
+    '{"result": {"task": 5}}',
+    '{"result": {"task": {"id": {}}}}',
+    '{"result": {"artifactUpdate": {"artifact": {"parts": [{"text": 5}]}}}}',
+    '{"error": 7}',
+    "{}",
+    json.dumps({"result": {"task": {"id": "i" * 1000}}}),
+    '{"result": {"task": {"metadata": ' + '{"a":' * 500 + "1" + "}" * 500 + "}}}",
+]
+
+
+@pytest.mark.parametrize("body", GARBAGE)
+@pytest.mark.parametrize("how", ["stream", "answer", "poll"])
+def test_a2a_agent_fails_on_garbage(body: str, how: str) -> None:
+    """What is not of the protocol is AGENT_PROTOCOL_ERROR, as an event and as an answer."""
+    handler = streaming(body) if how == "stream" else answering(body=body)
+    error = failure_of(handler, streaming=how != "poll")
+    assert error.code == "AGENT_PROTOCOL_ERROR"
+
+
+def test_a2a_agent_says_data_that_json_cannot_carry() -> None:
+    """Numbers that are none, and what is nested without end, are null; the rest is said."""
+    deep: Any = 1
+    for _ in range(40):
+        deep = [deep]
+    data = '{"n": NaN, "i": Infinity, "deep": ' + json.dumps(deep) + ', "ok": 1}'
+    body = '{"result": {"message": {"messageId": "m", "parts": [{"data": ' + data + "}]}}}"
+    assert messages_of(streaming(body)) == ["data"]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (-32602, "AGENT_REQUEST_INVALID"),
+        (-32004, "AGENT_REQUEST_INVALID"),
+        (-32603, "AGENT_ERROR"),
+        (-32000, "AGENT_ERROR"),
+        (-32001, "AGENT_TASK_UNKNOWN"),
+        (-32601, "AGENT_PROTOCOL_ERROR"),
+    ],
+)
+@pytest.mark.parametrize("stream", [True, False], ids=["event", "answer"])
+def test_a2a_agent_translates_errors_and_keeps_secrets(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int, code: str, stream: bool
+) -> None:
+    """An error of the protocol has a code; a secret that the agent repeats is in neither message nor log."""
+    monkeypatch.setenv(VARIABLE, f" {SECRET}\n")
+    error = {"code": number, "message": "x" * 290 + f" no good: {SECRET}"}
+    body = json.dumps({"jsonrpc": "2.0", "id": 1, "error": error})
+    with caplog.at_level(logging.INFO):
+        failure = failure_of(streaming(body) if stream else answering(body=body), api_key_env=VARIABLE)
+    assert failure.code == code
+    assert SECRET[:6] not in failure.message
+    assert SECRET[:6] not in caplog.text
+
+
+def test_a2a_agent_sends_its_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The credentials go along with the card's request and with each call."""
+    monkeypatch.setenv(VARIABLE, SECRET)
+    seen: list[tuple[str | None, str | None]] = []
+
+    def note(request: web.Request) -> None:
+        seen.append((request.headers.get("Authorization"), request.headers.get("X-Key")))
+
+    async def card(request: web.Request) -> web.StreamResponse:
+        note(request)
+        return await give_card(request)
+
+    async def handle(request: web.Request, call: dict[str, Any]) -> web.StreamResponse:
+        note(request)
+        return await begin_stream(request, WORKING, COMPLETED)
+
+    messages_of(handle, card, api_key_env=VARIABLE, headers_env={"X-Key": VARIABLE})
+    assert seen == [(f"Bearer {SECRET}", SECRET)] * 2
+
+
+def test_a2a_agent_sends_its_secrets_to_known_hosts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card that names another host gets no credentials there, unless the options name it, too."""
+    monkeypatch.setenv(VARIABLE, SECRET)
+
+    async def card(request: web.Request) -> web.StreamResponse:
+        port = request.host.rpartition(":")[2]
+        interface = {"url": f"http://localhost:{port}/a2a", "protocolBinding": "JSONRPC", "protocolVersion": "1.0"}
+        return web.json_response(card_of(request, supportedInterfaces=[interface]))
+
+    hello = {"message": {"messageId": "m", "parts": [{"text": "hello"}]}}
+    error = failure_of(streaming(hello), card, api_key_env=VARIABLE)
+    assert error.code == "AGENT_CARD_INVALID"
+    assert "secrets_hosts" in error.message
+    known = {"api_key_env": VARIABLE, "secrets_hosts": ("localhost",)}
+    assert messages_of(streaming(hello), card, **known) == ["hello"]
+    assert messages_of(streaming(hello), card) == ["hello"]
+    assert not A2AOptions("https://a.example").may_see_secrets("http://a.example/a2a")
+
+
+@pytest.mark.parametrize("value", [None, "", "  ", "schlüssel", "two\nlines"])
+def test_a2a_agent_is_unavailable_without_its_secret(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+    """A named variable that holds nothing which a header can carry is a reason that names it, and not what it holds."""
+    if value is not None:
+        monkeypatch.setenv(VARIABLE, value)
+    reason = A2AAgent(A2AOptions("http://a.example", headers_env={"X-Key": VARIABLE})).unavailable_reason()
+    assert reason is not None
+    assert VARIABLE in reason
+    error = failure_of(streaming(), headers_env={"X-Key": VARIABLE})
+    assert error.code == "AGENT_UNAVAILABLE"
+    monkeypatch.setenv(VARIABLE, SECRET)
+    assert A2AAgent(A2AOptions("http://a.example", headers_env={"X-Key": VARIABLE})).unavailable_reason() is None
+
+
+@pytest.mark.parametrize("events", [None, [], [WORKING], [WORKING, piece("a")]])
+def test_a2a_agent_fails_when_the_remote_agent_is_silent(events: list[object] | None) -> None:
+    """Silence before the answer, at its beginning and in its middle is AGENT_SILENT, and the task is cancelled."""
+    cancelled: list[object] = []
+
+    async def handle(request: web.Request, call: dict[str, Any]) -> web.StreamResponse:
+        if call["method"] == "CancelTask":
+            cancelled.append(call["params"])
+            return web.json_response({"jsonrpc": "2.0", "id": 1, "result": WORKING["task"]})
+        if events is not None:
+            await begin_stream(request, *events)
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    error = failure_of(handle, timeout_seconds=0.3)
+    assert error.code == "AGENT_SILENT"
+    assert "0.3 s" in error.message
+    assert cancelled == ([{"id": "t"}] if events else [])
+
+
+def test_a2a_agent_fails_when_the_card_does_not_come() -> None:
+    """All turns that wait for the card fail at the end of one time limit."""
+
+    async def card(request: web.Request) -> web.StreamResponse:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def run() -> None:
+        async with serving(streaming(), card) as url:
+            agent = A2AAgent(A2AOptions(url, timeout_seconds=0.5))
+
+            async def one() -> str:
+                with pytest.raises(AgentError) as caught:
+                    async for _ in agent.run(TurnContext(input="hi", metadata={})):
+                        pass
+                return caught.value.code
+
+            async with asyncio.timeout(10):
+                assert await asyncio.gather(*(one() for _ in range(50))) == ["AGENT_SILENT"] * 50
+            await agent.close()
+
+    run_async(run())
+
+
+def test_a2a_agent_fails_when_polling_brings_nothing_new() -> None:
+    """A task that never changes is as silent as a stream without events."""
+
+    async def handle(request: web.Request, call: dict[str, Any]) -> web.StreamResponse:
+        result = WORKING if call["method"] == "SendMessage" else WORKING["task"]
+        return web.json_response({"jsonrpc": "2.0", "id": 1, "result": result})
+
+    assert failure_of(handle, streaming=False, timeout_seconds=0.5).code == "AGENT_SILENT"
+
+
+@pytest.mark.usefixtures("_brief_pauses")
+@pytest.mark.parametrize("cleanly", [True, False])
+def test_a2a_agent_takes_up_a_stream_that_is_cut(cleanly: bool) -> None:
+    """A stream that breaks off in the middle of a task is taken up; what was said is not said twice."""
+    methods: list[str] = []
+
+    async def handle(request: web.Request, call: dict[str, Any]) -> web.StreamResponse:
+        methods.append(call["method"])
+        if call["method"] == "SendStreamingMessage":
+            response = await begin_stream(request, WORKING, piece("one "), piece("two "))
+            if not cleanly:
+                assert request.transport is not None
+                request.transport.close()
+            return response
+        artifact = {"artifactId": "a", "parts": [{"text": "one "}, {"text": "two "}, {"text": "three "}]}
+        return await begin_stream(
+            request, {"task": WORKING["task"] | {"artifacts": [artifact]}}, piece("four"), COMPLETED
+        )
+
+    assert messages_of(handle) == ["one two three four"]
+    assert methods == ["SendStreamingMessage", "SubscribeToTask"]
+
+
+@pytest.mark.usefixtures("_brief_pauses")
+def test_a2a_agent_fails_on_a_stream_that_is_always_cut() -> None:
+    """After a few times in a row the turn fails as AGENT_STREAM_CUT."""
+    methods: list[str] = []
+
+    async def handle(request: web.Request, call: dict[str, Any]) -> web.StreamResponse:
+        methods.append(call["method"])
+        return await begin_stream(request, WORKING)
+
+    assert failure_of(handle).code == "AGENT_STREAM_CUT"
+    assert methods == ["SendStreamingMessage", *["SubscribeToTask"] * 3, "CancelTask"]
+
+
+@pytest.mark.parametrize("events", [[], [piece("a") | {"artifactUpdate": {"artifact": {"parts": [{"text": "a"}]}}}]])
+def test_a2a_agent_fails_on_a_stream_that_is_cut_without_a_task(events: list[object]) -> None:
+    """Where no task is known there is nothing to take up."""
+    assert failure_of(streaming(*events)).code == "AGENT_STREAM_CUT"
+
+
+@pytest.mark.parametrize("what", ["line", "lines", "answer", "packed"])
+def test_a2a_agent_does_not_take_in_what_is_too_large(what: str) -> None:
+    """An event, an answer and what is packed have a limit: a protocol error that says so."""
+
+    async def handle(request: web.Request, call: dict[str, Any]) -> web.StreamResponse:
+        if what == "packed":
+            response = web.Response(body=b"{}", content_type="application/json")
+            response.headers["Content-Encoding"] = "gzip"
+            return response
+        content_type = "application/json" if what == "answer" else "text/event-stream"
+        stream = web.StreamResponse(headers={"Content-Type": content_type})
+        await stream.prepare(request)
+        block = {"line": b"x" * (1 << 20), "lines": b"data: x\n" * (1 << 17), "answer": b" \n\n\n" * (1 << 18)}[what]
+        for _ in range(1_000):
+            await stream.write(block)
+        return stream
+
+    error = failure_of(handle, streaming=what != "answer")
+    assert error.code == "AGENT_PROTOCOL_ERROR"
+    assert "more at once than is taken" in error.message
+
+
+def test_a2a_agent_stays_small_in_a_flood() -> None:
+    """A hundred thousand updates pass at the speed of who reads them; nothing of them is kept."""
+
+    async def handle(request: web.Request, call: dict[str, Any]) -> web.StreamResponse:
+        response = await begin_stream(request, WORKING)
+        block = framed(piece("0123456789" * 10)) * 1_000
+        for _ in range(FLOOD // 1_000):
+            await response.write(block)
+        await response.write(framed(COMPLETED))
+        return response
+
+    async def run() -> None:
+        async with serving(handle) as url:
+            agent = A2AAgent(A2AOptions(url))
+            before, deltas, characters = 0, 0, 0
+            async for output in agent.run(TurnContext(input="hi", metadata={})):
+                for each in output if isinstance(output, tuple) else (output,):
+                    deltas += isinstance(each, Delta)
+                    characters += len(each.content) if isinstance(each, Message) else 0
+                if deltas == 1_000:
+                    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+            assert deltas >= FLOOD
+            assert characters == 100 * FLOOD
+            assert grown_kib < 20 << 10
+            await agent.close()
+
+    # Longer than the other tests may: the library takes its time to read that much.
+    asyncio.run(asyncio.wait_for(run(), 300))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"url": "localhost:9999"},
+        {"url": "http://"},
+        {"url": "http://a:port"},
+        {"url": "http://user:password@a.example"},
+        {"url": "http://a.example?key=secret"},
+        {"url": "http://a.example", "card_path": "card.json"},
+        {"url": "http://a.example", "headers_env": {"a header": "X"}},
+        {"url": "http://a.example", "headers_env": {"authorization": "X"}, "api_key_env": "Y"},
+        {"url": "http://a.example", "protocol_binding": "GRPC"},
+        {"url": "http://a.example", "timeout_seconds": 0},
+        {"url": "http://a.example", "api_key": "secret"},
+    ],
+)
+def test_a2a_options_refuse_what_cannot_work(options: dict[str, object]) -> None:
+    """What is missing, wrong or unknown is told when the file is read."""
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert(options, A2AOptions)
+
+
+def test_a2a_agent_imports_the_library_when_it_is_needed() -> None:
+    """A service pays for it with the first turn, not at its start."""
+    code = (
+        "import sys; from runtime_service.agents.a2a import A2AAgent as A; A(A.Options('http://a.example'));"
+        "assert not {'a2a', 'httpx', 'pydantic'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
