@@ -49,6 +49,7 @@ class ObedientAgent:
         self._model = "small"
         self._is_cancelled = asyncio.Event()
         self._logged_in = False
+        self._servers: list[Any] = []
 
     def on_connect(self, conn: Any) -> None:
         """Keep the connection."""
@@ -64,7 +65,7 @@ class ObedientAgent:
             agent_capabilities=AgentCapabilities(
                 load_session=arguments.load, session_capabilities=SessionCapabilities(resume=resume)
             ),
-            auth_methods=methods,
+            auth_methods=[*methods],
             agent_info=Implementation(name="obedient", title="Obedient Agent", version="1.2.3"),
         )
 
@@ -182,26 +183,7 @@ class ObedientAgent:
                     result = {"code": error.code, "message": str(error)}
                 await self._say(session_id, json.dumps(result))
             case "terminal":
-                variables = [EnvVariable(name=name, value=value) for name, value in step.get("env", {}).items()]
-                created = await self._client.create_terminal(
-                    session_id=session_id,
-                    command=step["command"],
-                    args=step.get("args"),
-                    env=variables,
-                    output_byte_limit=step.get("limit"),
-                )
-                terminal_id = created.terminal_id
-                if step.get("kill"):
-                    await self._client.kill_terminal(session_id=session_id, terminal_id=terminal_id)
-                ended = await self._client.wait_for_terminal_exit(session_id=session_id, terminal_id=terminal_id)
-                shown = await self._client.terminal_output(session_id=session_id, terminal_id=terminal_id)
-                facts = [ended.exit_code, ended.signal, shown.output, shown.truncated]
-                if step.get("call"):
-                    content = [{"type": "terminal", "terminalId": terminal_id}]
-                    update = {"sessionUpdate": "tool_call", "toolCallId": "t", "title": "Run", "content": content}
-                    await self._do(session_id, {"do": "update", "updates": [update]})
-                await self._client.release_terminal(session_id=session_id, terminal_id=terminal_id)
-                await self._say(session_id, json.dumps(facts))
+                await self._run_in_terminal(session_id, step)
             case "start terminal":
                 await self._client.create_terminal(session_id=session_id, command=step["command"], args=step["args"])
             case "error":
@@ -217,6 +199,28 @@ class ObedientAgent:
                 await asyncio.Event().wait()
             case unknown:
                 raise ValueError(unknown)
+
+    async def _run_in_terminal(self, session_id: str, step: dict[str, Any]) -> None:
+        variables = [EnvVariable(name=name, value=value) for name, value in step.get("env", {}).items()]
+        created = await self._client.create_terminal(
+            session_id=session_id,
+            command=step["command"],
+            args=step.get("args"),
+            env=variables,
+            output_byte_limit=step.get("limit"),
+        )
+        terminal_id = created.terminal_id
+        if step.get("kill"):
+            await self._client.kill_terminal(session_id=session_id, terminal_id=terminal_id)
+        ended = await self._client.wait_for_terminal_exit(session_id=session_id, terminal_id=terminal_id)
+        shown = await self._client.terminal_output(session_id=session_id, terminal_id=terminal_id)
+        facts = [ended.exit_code, ended.signal, shown.output, shown.truncated]
+        if step.get("call"):
+            content = [{"type": "terminal", "terminalId": terminal_id}]
+            update = {"sessionUpdate": "tool_call", "toolCallId": "t", "title": "Run", "content": content}
+            await self._do(session_id, {"do": "update", "updates": [update]})
+        await self._client.release_terminal(session_id=session_id, terminal_id=terminal_id)
+        await self._say(session_id, json.dumps(facts))
 
     async def _say(self, session_id: str, text: str) -> None:
         await self._client.session_update(session_id, update_agent_message_text(text))

@@ -41,7 +41,14 @@ def prompt(way: str, number: int) -> None:
             for line in ("[1, 2]", "5", '"text"', "null", "{}", '{"level": "info"}', '{"id": {}}', '{"method": 7}'):
                 write(line)
         case "wrong updates":
-            for wrong in (None, [], "x", {"sessionUpdate": "agent_message_chunk"}, {"sessionUpdate": "of tomorrow"}):
+            wrongs: list[object] = [
+                None,
+                [],
+                "x",
+                {"sessionUpdate": "agent_message_chunk"},
+                {"sessionUpdate": "of tomorrow"},
+            ]
+            for wrong in wrongs:
                 update(wrong)
             send({"method": "session/update", "params": 7})
             send({"method": "session/update"})

@@ -126,7 +126,7 @@ def agent_processes() -> list[psutil.Process]:
 def is_alive(pid: int) -> bool:
     """Whether there is such a process that is more than a zombie."""
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 
@@ -381,15 +381,24 @@ def test_mode_and_model_are_set_where_they_are_offered(play: Callable[[Check], N
 def test_session_that_cannot_be_opened_as_wanted_fails_in_words(
     play: Callable[[Check], None], arguments: list[str], options: dict[str, Any], code: str, words: str
 ) -> None:
-    """Also when it is tried again; no process stays."""
+    """No process stays."""
 
     async def check(stage: Stage) -> None:
-        agent = stage.agent("obedient", *arguments, **options)
-        for _ in range(2):
-            failure = await failure_of(stage.turn(agent, "x"))
-            assert failure.code == code
-            assert words in failure.message
+        failure = await failure_of(stage.turn(stage.agent("obedient", *arguments, **options), "x"))
+        assert failure.code == code
+        assert words in failure.message
         await eventually(lambda: not agent_processes())
+
+    play(check)
+
+
+def test_session_in_another_mode_than_wanted_is_not_kept(play: Callable[[Check], None]) -> None:
+    """The turn that tries again fails again."""
+
+    async def check(stage: Stage) -> None:
+        agent = stage.agent("obedient", "--modes", mode="x")
+        for turn in (1, 2):
+            assert (await failure_of(stage.turn(agent, "x", turn=turn))).code == "AGENT_MODE_NOT_OFFERED"
 
     play(check)
 
@@ -584,11 +593,11 @@ def test_terminals_end_with_the_session(play: Callable[[Check], None]) -> None:
 
     async def check(stage: Stage) -> None:
         agent = stage.agent("obedient")
-        marks = [str(stage.folder / name) for name in ("one", "two")]
+        marks = [stage.folder / name for name in ("one", "two")]
         script = f"sh -c 'echo $$ > {marks[0]}; exec sleep 600' & setsid sh -c 'echo $$ > {marks[1]}; exec sleep 600'"
         await stage.turn(agent, [{"do": "start terminal", "command": "sh", "args": ["-c", script]}])
-        await eventually(lambda: all(os.path.exists(mark) and Path(mark).read_text() for mark in marks))
-        pids = [int(Path(mark).read_text()) for mark in marks]
+        await eventually(lambda: all(mark.exists() and mark.read_text() for mark in marks))
+        pids = [int(mark.read_text()) for mark in marks]
         assert all(is_alive(pid) for pid in pids)
         await agent.close()
         assert not any(is_alive(pid) for pid in pids)
@@ -635,14 +644,19 @@ def test_cancel_that_is_obeyed_keeps_the_session(play: Callable[[Check], None]) 
     play(check)
 
 
-@pytest.mark.parametrize("steps", [[{"do": "wait"}], [{"do": "hang"}], [{"do": "flood", "count": 1_000_000}]])
-def test_cancel_that_is_not_obeyed_ends_the_process(play: Callable[[Check], None], steps: object) -> None:
+@pytest.mark.parametrize(
+    ("step", "until"),
+    [({"do": "wait"}, "waiting"), ({"do": "hang"}, "…"), ({"do": "flood", "count": 1_000_000}, "0 ")],
+    ids=["waits", "hangs", "floods"],
+)
+def test_cancel_that_is_not_obeyed_ends_the_process(
+    play: Callable[[Check], None], step: dict[str, Any], until: str
+) -> None:
     """After its time; the turn itself is not held up, and the next one has another process."""
 
     async def check(stage: Stage) -> None:
         agent = stage.agent("obedient", "--no-stop", cancel_seconds=0.1)
-        until = {"wait": "waiting", "hang": "…", "flood": "0 "}[steps[0]["do"]]  # type: ignore[index]
-        await cancelled(stage, agent, steps, until)
+        await cancelled(stage, agent, [step], until)
         (pid,) = [process.pid for process in agent_processes()]
         assert text_of(await stage.turn(agent, [tell("pid")], turn=2)) != str(pid)
         assert not is_alive(pid)
@@ -722,7 +736,8 @@ def test_agent_that_breaks_fails_its_turn_in_words(
             assert failure.code == code
             assert words in failure.message
             if way == "crashes with children":
-                stage.pids.add(int(text_of(said)))
+                (child,) = [int(output.text) for output in said if isinstance(output, Delta)]
+                stage.pids.add(child)
         await eventually(lambda: {process.pid for process in agent_processes()} == {pid})
         await eventually(lambda: [each for each in stage.pids if is_alive(each)] == [pid])
         assert text_of(await stage.turn(other, [tell("pid")], run_id="other", turn=2)) == str(pid)
@@ -797,17 +812,20 @@ def test_agent_that_ends_in_the_middle_fails_its_turn(
         said: list[AgentOutput] = []
         call = {"sessionUpdate": "tool_call", "toolCallId": "1", "title": "T"}
         agent = stage.agent("obedient")
-        turn = stage.collect(said, agent, [say("so far"), {"do": "update", "updates": [call]}, step])
+        turn = stage.collect(said, agent, [{"do": "update", "updates": [call]}, say("so far"), step])
         failure = await failure_of(turn)
         assert failure.code == "AGENT_CRASHED"
         assert words in failure.message
-        assert text_of(said) == "so far"
+        # As a draft that no message ends, which the runtime keeps as incomplete.
+        assert [output for output in said if isinstance(output, Delta | Message)] == [Delta("so far")]
         assert isinstance(said[-1], Log)
         assert said[-1].level is LogLevel.WARNING
         # That of a later turn dies between two turns: it has another one.
         said = await stage.turn(agent, [tell("pid")], turn=2)
-        os.kill(int(text_of(said)), signal.SIGKILL)
-        await eventually(lambda: not agent_processes())
+        session = agent._runs["run_1"].session
+        assert session is not None
+        os.kill(session.pid, signal.SIGKILL)
+        await eventually(lambda: not session.is_alive)
         assert text_of(await stage.turn(agent, [tell("pid")], turn=3)) != text_of(said)
 
     play(check)

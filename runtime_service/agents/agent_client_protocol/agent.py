@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -63,14 +63,8 @@ class AgentClientProtocolAgent(Agent):
             async with aclosing(session.prompt(texts)) as said:
                 async for each in said:
                     if isinstance(each, Question):
-                        question = each
-                        question.answer(
-                            await turn.ask(
-                                question.text,
-                                question.options,
-                                tool_kind=question.tool_kind,
-                                metadata=question.metadata,
-                            )
+                        each.answer(
+                            await turn.ask(each.text, each.options, tool_kind=each.tool_kind, metadata=each.metadata)
                         )
                     else:
                         yield each
@@ -82,15 +76,12 @@ class AgentClientProtocolAgent(Agent):
         path = self._options.directory_of(run_id=run_id, server_id=server_id, thread_id=thread_id)
         run = _Run()
         try:
-            async with asyncio.timeout(self._options.start_seconds):
-                session = await self._launched(run)
-                await session.open(await self._directory(path))
-        except TimeoutError:
-            await self._end(run)
-            raise self._failures.start_timeout() from None
+            await self._open(run, path, {})
         except BaseException:
-            await self._end(run)
+            await asyncio.wait([self._spawn(self._end(run))])
             raise
+        session, run.session = run.session, None
+        assert session is not None
         return session
 
     async def close(self) -> None:
@@ -118,29 +109,37 @@ class AgentClientProtocolAgent(Agent):
             if run.session.is_alive and metadata.get("connection", run.connection) == run.connection:
                 return [turn.input], None
             # It has ended, or another process has had turns that this one knows nothing of.
-            await self._end(run)
+            run.settling = self._spawn(self._end(run))
+            await run.settled()
         path = self._options.directory_of(run_id=turn.run_id, server_id=turn.server_id, thread_id=turn.thread_id)
+        how = await self._open(run, path, metadata)
+        run.connection = secrets.token_hex(8)
+        texts = [turn.input]
+        if how == "new" and (turn.turn > 1 or turn.attempt > 1) and (history := await turn.history()):
+            how = "history"
+            texts = [history_text(history), turn.input]
+        return texts, self._news(run, how)
+
+    async def _open(self, run: "_Run", path: Path, known: Mapping[str, Any]) -> str:
+        """Give the run a process with an open session, an earlier one where it is known; return how it was opened."""
         try:
             async with asyncio.timeout(self._options.start_seconds):
-                session = await self._launched(run)
                 directory = run.directory = await self._directory(path)
-                if metadata.get("createdWorkingDirectory") is True and metadata.get("workingDirectory") == str(path):
+                if known.get("createdWorkingDirectory") is True and known.get("workingDirectory") == str(path):
                     directory.created = True
-                how = None
-                if isinstance(session_id := metadata.get("sessionId"), str):
-                    how = await session.reopen(directory, session_id)
+                session = await self._launched(run, path)
+                session_id = known.get("sessionId")
+                how = await session.reopen(directory, session_id) if isinstance(session_id, str) else None
                 if how is None:
                     await session.open(directory)
         except TimeoutError:
             raise self._failures.start_timeout() from None
-        run.connection = secrets.token_hex(8)
-        texts = [turn.input]
-        if how is None and (turn.turn > 1 or turn.attempt > 1) and (history := await turn.history()):
-            how = "history"
-            texts = [history_text(history), turn.input]
-        return texts, self._news(run, session, directory, how or "new")
+        return how or "new"
 
-    def _news(self, run: "_Run", session: Session, directory: WorkingDirectory, how: str) -> Log:
+    def _news(self, run: "_Run", how: str) -> Log:
+        session, directory = run.session, run.directory
+        assert session is not None
+        assert directory is not None
         name = session.agent.get("title") or session.agent["name"]
         words = {
             "new": f"A session with {name} was opened.",
@@ -159,7 +158,7 @@ class AgentClientProtocolAgent(Agent):
         level = LogLevel.WARNING if how == "history" else LogLevel.INFO
         return Log(words[how], level, _SESSION_LOG, metadata)
 
-    async def _launched(self, run: "_Run") -> Session:
+    async def _launched(self, run: "_Run", path: Path) -> Session:
         """Give the run a process that is initialized, a warm one where there is one."""
         session = None
         if self._warm:
@@ -176,7 +175,7 @@ class AgentClientProtocolAgent(Agent):
         if session is not None:
             run.session = session
             return session
-        run.session = session = await Session.launch(self._options)
+        run.session = session = await Session.launch(self._options, path)
         await session.initialize()
         return session
 
@@ -195,17 +194,16 @@ class AgentClientProtocolAgent(Agent):
         session = None
         try:
             async with asyncio.timeout(self._options.start_seconds):
-                session = await Session.launch(self._options)
+                cwd = (await self._directory(self._options.common_directory())).path
+                session = await Session.launch(self._options, cwd)
                 await session.initialize()
-        except (AgentError, TimeoutError) as error:
-            log.warning("no process of the agent %s could be started ahead: %s", self._options.name, error)
-            if session is not None:
-                await session.end()
-            return None
-        except asyncio.CancelledError:
+        except (AgentError, TimeoutError, asyncio.CancelledError) as error:
             if session is not None:
                 self._spawn(session.end())
-            raise
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            log.warning("no process of the agent %s could be started ahead: %s", self._options.name, error)
+            return None
         return session
 
     # Ends

@@ -241,8 +241,9 @@ def _denied() -> RequestPermissionResponse:
 
 
 def _check_options(options: tuple[Option, ...]) -> None:
-    if not options or len(options) > _MAX_OPTIONS or len({option.id for option in options}) < len(options):
-        raise RequestError(-32602, f"A question needs 1 to {_MAX_OPTIONS} options, each with an id of its own.")
+    ids = {option.id for option in options}
+    if not 1 <= len(options) <= _MAX_OPTIONS or len(ids) < len(options) or max(map(len, ids)) > _MAX_NAME_CHARACTERS:
+        raise RequestError(-32602, f"A question needs 1 to {_MAX_OPTIONS} options, each with a short id of its own.")
 
 
 async def _of_files(path: str, work: Callable[[], _T]) -> _T:

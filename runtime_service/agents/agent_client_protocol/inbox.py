@@ -12,6 +12,7 @@ from runtime_service.runs import LogLevel
 
 _MAX_OUTPUTS_AHEAD = 64
 _MAX_CHARACTERS_AHEAD = 1 << 18
+_METADATA_CHARACTERS = 1 << 14
 
 
 class Inbox:
@@ -33,9 +34,7 @@ class Inbox:
         """Keep what the agent says."""
         if outputs:
             self._outputs += outputs
-            self._characters += sum(
-                len(output.text if isinstance(output, Delta) else output.content) for output in outputs
-            )
+            self._characters += sum(_characters(output) for output in outputs)
             self._ready.set()
 
     def add_strange(self) -> None:
@@ -90,3 +89,10 @@ class Inbox:
         for question in (self._asked, *self._questions):
             if question is not None:
                 question.cancel()
+
+
+def _characters(output: Said) -> int:
+    """Return about how much room an output takes."""
+    if isinstance(output, Delta):
+        return len(output.text)
+    return len(output.content) + (_METADATA_CHARACTERS if output.metadata else 0)

@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from acp import PROTOCOL_VERSION, RequestError
@@ -32,7 +33,7 @@ from runtime_service.agents.base import AgentError
 from runtime_service.agents.child_process import ChildProcess
 
 _EXIT_SECONDS = 1.0
-_END_SECONDS = 1.0
+_END_SECONDS = 2.0
 _DISTRIBUTION = "acp-gateway"
 
 
@@ -56,14 +57,11 @@ class Session:
         self.is_open = False
 
     @classmethod
-    async def launch(cls, options: AgentClientProtocolOptions) -> "Session":
+    async def launch(cls, options: AgentClientProtocolOptions, cwd: Path) -> "Session":
         """Start the process, which is then to be initialized. Raises AgentError."""
-        executable = options.executable()
-        if executable is None:
+        if (executable := options.executable()) is None:
             raise Failures(options).not_found()
-        cwd = options.common_directory()
         try:
-            await asyncio.to_thread(cwd.mkdir, parents=True, exist_ok=True)
             child = await ChildProcess.start(
                 [executable, *options.args], env=options.environment(), cwd=cwd, max_line_bytes=MAX_LINE_BYTES
             )
@@ -89,7 +87,7 @@ class Session:
     @property
     def is_alive(self) -> bool:
         """Whether the process is there and understood."""
-        return not self.is_broken and self._child.exit_status is None and self._transport.broken is None
+        return not self.is_broken and self._child.exit_status is None and not self._transport.is_at_end
 
     @property
     def is_prompting(self) -> bool:
@@ -201,7 +199,7 @@ class Session:
             failure = await self._outcome(prompting)
             response = None if failure is not None else prompting.result()
             if response is None:
-                last = turn.transcript.end()
+                last = turn.transcript.break_off()
             else:
                 last = turn.transcript.end(response.stop_reason, response.usage)
                 if response.stop_reason != "end_turn":

@@ -43,6 +43,7 @@ class ChildTransport:
         self._open_requests = 0
         self._request_answered = asyncio.Event()
         self.broken: str | None = None
+        self.is_at_end = False
         self.is_not_read = False
         """The agent did not read what was sent to it in time."""
         self.heard_at = time.monotonic()
@@ -54,7 +55,8 @@ class ChildTransport:
 
     async def send(self, message: dict[str, Any]) -> None:
         """Send a message. Raises ConnectionError when the child takes none any more, or not in time."""
-        line = msgspec.json.encode(message) + b"\n"
+        # What the SDK says of wrong params may hold an exception.
+        line = msgspec.json.encode(message, enc_hook=str) + b"\n"
         try:
             await self._child.write_line(line, _WRITE_SECONDS)
         except TimeoutError as error:
@@ -67,6 +69,11 @@ class ChildTransport:
 
     async def receive(self) -> dict[str, Any] | None:
         """Return the next request or response; None at the end of the stream, or where it is broken."""
+        message = await self._next()
+        self.is_at_end = message is None
+        return message
+
+    async def _next(self) -> dict[str, Any] | None:
         while True:
             while self._open_requests >= _MAX_OPEN_REQUESTS:
                 self._request_answered.clear()

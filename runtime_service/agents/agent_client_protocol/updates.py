@@ -8,6 +8,7 @@ said comes back as user message chunks and is left out; so are the commands that
 """
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any, TypeAlias, assert_never, get_args
 
 from acp.schema import (
@@ -63,7 +64,7 @@ UPDATES: dict[str, type[SessionUpdate]] = {
 MAX_TEXT_CHARACTERS = 200_000
 """A message or thought that is longer becomes several: an event has room for a MiB."""
 _MAX_BLOCKS = 50
-_MAX_OPEN_TOOL_CALLS = 256
+_MAX_OPEN_TOOL_CALLS = 64
 _MAX_ENDED_TOOL_CALLS = 1_024
 _MAX_PLANS = 16
 _MAX_PLAN_ENTRIES = 100
@@ -87,7 +88,7 @@ class Transcript:
         self._plans: dict[str, Log] = {}
         self._said_plans: dict[str, Log] = {}
         self._context: dict[str, Any] | None = None
-        self._configuration: dict[str, Any] | None = None
+        self._said_changes: dict[str, Mapping[str, Any]] = {}
 
     @property
     def has_open_tool_call(self) -> bool:
@@ -122,12 +123,12 @@ class Transcript:
                 return self._add_plan(update.plan_id, _plan("The plan was removed.", metadata))
             case CurrentModeUpdate():
                 mode = cut(update.current_mode_id, _MAX_ENTRY_CHARACTERS)
-                return [Log(f"The mode is now {mode!r}.", type="mode", metadata={"currentModeId": mode})]
+                return self._change("mode", f"The mode is now {mode!r}.", {"currentModeId": mode})
             case ConfigOptionUpdate():
-                return self._add_configuration(update)
+                return self._change("configuration", *_configuration(update))
             case SessionInfoUpdate():
                 title = cut(update.title or "", _MAX_ENTRY_CHARACTERS)
-                return [Log(title, type="session_title", metadata={"title": title})] if title else []
+                return self._change("session_title", title, {"title": title}) if title else []
             case UsageUpdate():
                 self._context = {"used": update.used, "size": update.size}
                 if update.cost is not None:
@@ -143,8 +144,7 @@ class Transcript:
 
     def end(self, stop_reason: str | None = None, usage: Usage | None = None) -> list[Said]:
         """Return what is left to be said at the end of the turn; the last message carries usage and stop reason."""
-        calls = [call.log(self._terminal_output) for call in self._tool_calls.values()]
-        self._tool_calls.clear()
+        calls = self._open_tool_calls()
         metadata: dict[str, Any] = {} if stop_reason is None else {"stopReason": stop_reason}
         if usage is not None:
             metadata["usage"] = usage.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"field_meta"})
@@ -155,6 +155,11 @@ class Transcript:
         if not any(isinstance(each, Message) for each in outputs) and ("usage" in metadata or "context" in metadata):
             outputs.append(Log("The agent's usage of this turn.", type="usage", metadata=metadata))
         return outputs
+
+    def break_off(self) -> list[Said]:
+        """Return what is left to be said when the agent is gone. An open message has no end: it is incomplete."""
+        thought = self._end_text() if self._chunk is AgentThoughtChunk else []
+        return [*thought, *self._open_tool_calls(), *self._changed_plans()]
 
     # Texts
 
@@ -214,6 +219,10 @@ class Transcript:
             outputs.append(call.log(self._terminal_output))
         return outputs
 
+    def _open_tool_calls(self) -> list[Said]:
+        calls, self._tool_calls = self._tool_calls, OrderedDict()
+        return [call.log(self._terminal_output) for call in calls.values()]
+
     # Plans and settings
 
     def _add_plan(self, plan_id: str, plan: Log) -> list[Said]:
@@ -230,19 +239,11 @@ class Transcript:
                 changed.append(plan)
         return changed
 
-    def _add_configuration(self, update: ConfigOptionUpdate) -> list[Said]:
-        values: dict[str, Any] = {
-            cut(option.id, _MAX_ENTRY_CHARACTERS): cut(option.current_value, _MAX_ENTRY_CHARACTERS)
-            if isinstance(option.current_value, str)
-            else option.current_value
-            for option in update.config_options[:_MAX_BLOCKS]
-        }
-        if values == self._configuration:
+    def _change(self, log_type: str, text: str, metadata: Mapping[str, Any]) -> list[Said]:
+        if self._said_changes.get(log_type) == metadata:
             return []
-        self._configuration = values
-        text = ", ".join(f"{name} = {value}" for name, value in values.items())
-        shown = f"The agent's settings are now {text}." if text else "The agent has no settings."
-        return [Log(shown, type="configuration", metadata=values)]
+        self._said_changes[log_type] = metadata
+        return [Log(text, type=log_type, metadata=metadata)]
 
 
 def merged(outputs: list[Said]) -> tuple[Said, ...]:
@@ -279,3 +280,13 @@ def _plan(text: str, metadata: dict[str, Any]) -> Log:
         if key in metadata:
             metadata[key] = cut(metadata[key], _MAX_ENTRY_CHARACTERS)
     return Log(cut(text, _MAX_PLAN_CHARACTERS), type="plan", metadata=metadata)
+
+
+def _configuration(update: ConfigOptionUpdate) -> tuple[str, dict[str, Any]]:
+    values: dict[str, Any] = {}
+    for option in update.config_options[:_MAX_BLOCKS]:
+        value = option.current_value
+        name = cut(option.id, _MAX_ENTRY_CHARACTERS)
+        values[name] = cut(value, _MAX_ENTRY_CHARACTERS) if isinstance(value, str) else value
+    text = ", ".join(f"{name} = {value}" for name, value in values.items())
+    return (f"The agent's settings are now {text}." if text else "The agent has no settings."), values
