@@ -36,6 +36,7 @@ from runtime_service.store.opening import open_store
 from runtime_service.validation import RequestLimits
 
 _DATA_DIR = Path(".acp")
+_CLOSE_SECONDS = 30.0
 _DEFAULTS = RuntimeConfig(data_dir=_DATA_DIR, service_token="-" * 16)
 
 app = typer.Typer(
@@ -250,7 +251,8 @@ async def _check_agents(path: Path | None, name: str | None, limit_seconds: floa
         else:
             typer.echo("All agents work." if name is None else f"{checked[0].id} works.")
     finally:
-        _end_after(END_SECONDS)
+        # One that did not end its turn hinders the end of the event loop, too; others may take their time to close.
+        _end_after(END_SECONDS if missing else _CLOSE_SECONDS)
         await registry.close()
     return not missing
 

@@ -63,20 +63,24 @@ class _Check:
         try:
             await asyncio.wait([checking], timeout=limit_seconds)
             if not checking.done():
-                self._miss(f"It has not ended its turn after {limit_seconds:g} s.")
+                self._miss(f"It has not come to an end after {limit_seconds:g} s.")
             elif checking.cancelled():
                 self._miss("Something that it waited for was cancelled.")
         finally:
             checking.cancel()
             await asyncio.wait([checking], timeout=END_SECONDS)
         if not checking.done():
-            self._miss(f"It goes on, {END_SECONDS:g} s after its turn was cancelled.")
+            self._miss(f"It goes on, {END_SECONDS:g} s after it was cancelled.")
         return self._works
 
     async def _check(self) -> None:
+        agent = self._server.agent
         turn = _Turn(self._server, self._find)
         try:
-            async with aclosing(self._server.agent.check()) as findings:
+            if reason := agent.unavailable_reason():
+                self._miss(reason)
+                return
+            async with aclosing(agent.check()) as findings:
                 async for finding in findings:
                     self._say(finding)
             if self._works:
@@ -92,7 +96,9 @@ class _Check:
 
     def _say(self, finding: Finding) -> None:
         self._works = self._works and finding.works
-        self._tell(finding)
+        # Some of it is from elsewhere, and is not to do what it likes with whoever shows it.
+        text = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in finding.text)
+        self._tell(Finding(text, finding.works))
 
     def _find(self, text: str) -> None:
         self._say(Finding(text))

@@ -127,7 +127,7 @@ class Asking:
                 return answer
 
     async def _read_answer(self, sequence: int) -> Answer | None:
-        event = await self._store.read_latest_log(self._run.id, PERMISSION_RESPONSE)
+        event = await self._store.read_latest_log(self._run.id, PERMISSION_RESPONSE, sequence)
         return answer_of(event) if event is not None and answers(event, sequence) else None
 
     async def _time_out(self, sequence: int, options: Sequence[Option]) -> Answer:

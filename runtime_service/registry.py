@@ -166,6 +166,10 @@ def _make_server(where: str, server_id: str, table: _ServerTable, plugins: Entry
         agent: Agent = kind(msgspec.convert(table.options, kind.Options))  # type: ignore[call-arg]
     except (msgspec.ValidationError, ValueError) as error:
         raise ConfigurationError(f"{where}: options: {error}.") from error
+    except Exception as error:  # the constructor of a kind may be code of others
+        raise ConfigurationError(
+            f"{where}: the agent {table.agent!r} cannot be made: it raised {type(error).__name__}: {error}."
+        ) from error
     return Server(server_id, table.organization, agent, table.turn_timeout_seconds, table.repeatable, table.questions)
 
 

@@ -38,8 +38,6 @@ class TableBookingAgent(Agent):
 
     async def check(self) -> AsyncGenerator[Finding]:
         """Say what `agents check` is to show before it speaks to the agent."""
-        async for finding in super().check():
-            yield finding
         yield Finding(f"{self._restaurant} has {self._free} free seats.")
 
     async def run(self, turn: TurnContext) -> AsyncGenerator[AgentSays]:

@@ -6,7 +6,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from runtime_service.agents.a2a_options import A2AOptions
-from runtime_service.agents.base import Agent, AgentError, AgentSays, TurnContext
+from runtime_service.agents.base import Agent, AgentError, AgentSays, Finding, TurnContext
 
 if TYPE_CHECKING:
     from runtime_service.agents.a2a_connection import Connection
@@ -37,6 +37,11 @@ class A2AAgent(Agent):
             f"The environment variable {name}, which is to hold a credential for the agent at {self._options.host}, "
             "is not set where the runtime service runs, or holds what is none."
         )
+
+    async def check(self) -> AsyncGenerator[Finding]:
+        """Say what the agent's card offers."""
+        connection = await self._connect()
+        yield Finding(f"It has an agent card: {await connection.describe()}")
 
     async def run(self, turn: TurnContext) -> AsyncGenerator[AgentSays]:
         """Say the input to the agent, and what it answers; raises AgentError for whatever hinders that."""

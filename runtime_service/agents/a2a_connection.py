@@ -62,7 +62,13 @@ class Connection:
         self._reading: asyncio.Task[Client] | None = None
         self._client: Client | None = None
         self._streams = False
+        self._described = ""
         self._card_read_at = 0.0
+
+    async def describe(self) -> str:
+        """Return what the agent's card says of it, in a sentence."""
+        await self._open_client()
+        return self._described
 
     async def send(
         self, text: str, *, message_id: str, context_id: str | None, task_id: str | None
@@ -186,6 +192,11 @@ class Connection:
         self._client = client = self._client_of(card)
         self._streams = self._options.streaming and card.capabilities.streaming
         self._card_read_at = asyncio.get_running_loop().time()
+        # The card has only those ways left that may be taken.
+        ways = ", ".join(f"{way.protocol_binding} {way.protocol_version}".strip() for way in card.supported_interfaces)
+        manner = "streams" if self._streams else "is asked for its tasks again and again"
+        name, version = self._options.quoted(card.name), self._options.quoted(card.version)
+        self._described = f"{name!r}, version {version!r}, by {self._options.quoted(ways)}; {manner}."
         return client
 
     def _client_of(self, card: AgentCard) -> Client:

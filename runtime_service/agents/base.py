@@ -230,13 +230,13 @@ class Agent(ABC):
         return None
 
     async def check(self) -> AsyncGenerator[Finding]:
-        """Say, for the one who set the agent up, what works here and what is missing: each as soon as it is known.
+        """Say, for the one who set the agent up, what can be known of it without a turn, each as soon as it is known.
 
-        Unless something is missing, a small turn is executed after it. A kind that can know more without one, such as
-        what the other side of a connection offers, says so here; it may take its time. Raises what `run` may.
+        Such as what the other side of a connection offers; it may take its time. Asked where the agent is available. A
+        small turn is executed after it, unless something is missing. Raises what `run` may.
         """
-        if reason := self.unavailable_reason():
-            yield Finding(reason, works=False)
+        return
+        yield
 
     @abstractmethod
     def run(self, turn: TurnContext) -> AsyncGenerator[AgentSays]:

@@ -276,8 +276,11 @@ class RunStore(Protocol):
         Without answers to questions, which would stand there alone.
         """
 
-    async def read_latest_log(self, run_id: str, log_type: str) -> RunEvent | None:
-        """Return the newest event of the run's log with this type, None where there is none."""
+    async def read_latest_log(self, run_id: str, log_type: str, after: int = 0) -> RunEvent | None:
+        """Return the newest event of the run's log with this type, None where there is none behind a sequence.
+
+        Reads the log from its end to that event, or to the sequence.
+        """
 
     async def close(self) -> None:
         """Finish the writes that were asked for, then close."""

@@ -231,9 +231,9 @@ class PostgresStore:
         newest_first = await self._fetch(QUERIES["read_messages"], run_id, before_turn, limit)
         return [(ROLES[role], content) for role, content in reversed(newest_first)]
 
-    async def read_latest_log(self, run_id: str, log_type: str) -> RunEvent | None:
-        """Return the newest event of the run's execution log with this type."""
-        rows = await self._fetch(QUERIES["read_latest_log"], run_id, log_type)
+    async def read_latest_log(self, run_id: str, log_type: str, after: int = 0) -> RunEvent | None:
+        """Return the newest event of a type behind a sequence."""
+        rows = await self._fetch(QUERIES["read_latest_log"], run_id, log_type, after)
         return event_from_row(rows[0]) if rows else None
 
     async def _fetch(self, query: str, *arguments: object) -> list[asyncpg.Record]:

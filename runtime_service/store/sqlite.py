@@ -243,9 +243,9 @@ class SQLiteStore:
         )
         return [(ROLES[role], content) for role, content in reversed(newest_first)]
 
-    async def read_latest_log(self, run_id: str, log_type: str) -> RunEvent | None:
-        """Return the newest event of the run's execution log with this type."""
-        return await self._read(lambda db: rows.latest_log(db, run_id, log_type))
+    async def read_latest_log(self, run_id: str, log_type: str, after: int = 0) -> RunEvent | None:
+        """Return the newest event of a type behind a sequence."""
+        return await self._read(lambda db: rows.latest_log(db, run_id, log_type, after))
 
     async def _read(self, read: Callable[[apsw.Connection], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._readers, self._read_here, read)

@@ -149,9 +149,9 @@ def read_events(db: apsw.Connection, run_id: str, after: int, limit: int, limit_
     return events
 
 
-def latest_log(db: apsw.Connection, run_id: str, log_type: str) -> RunEvent | None:
-    """Return the newest event of the run's execution log with this type."""
-    row = execute(db, "latest_log", (run_id, log_type)).fetchone()
+def latest_log(db: apsw.Connection, run_id: str, log_type: str, after: int) -> RunEvent | None:
+    """Return the newest event of a type behind a sequence."""
+    row = execute(db, "latest_log", (run_id, log_type, after)).fetchone()
     if row is None:
         return None
     sequence, turn, role, content, at, _, level, metadata = row

@@ -140,8 +140,8 @@ def test_check_ends_though_an_agent_does_not_obey(folder: Path) -> None:
     began = time.monotonic()
     done = check(folder, "stubborn", "--limit-seconds", "0.2")
     assert done.returncode == 1
-    assert "  missing  It has not ended its turn after 0.2 s.\n" in done.stdout
-    assert "  missing  It goes on, 5 s after its turn was cancelled.\n" in done.stdout
+    assert "  missing  It has not come to an end after 0.2 s.\n" in done.stdout
+    assert "  missing  It goes on, 5 s after it was cancelled.\n" in done.stdout
     assert time.monotonic() - began < LIMIT_SECONDS
 
 

@@ -37,6 +37,9 @@ def prompt(way: str, number: int) -> None:
         case "wrong answer":
             send({"id": number, "result": {"stopReason": 5}})
             return
+        case "wrong error":
+            send({"id": number, "error": "no object"})
+            return
         case "no object":
             for line in ("[1, 2]", "5", '"text"', "null", "{}", '{"level": "info"}', '{"id": {}}', '{"method": 7}'):
                 write(line)

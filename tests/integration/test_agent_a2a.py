@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from a2a.server.agent_execution import RequestContext
 from a2a.server.tasks import TaskUpdater
 from a2a.types import Role, TaskState
 
+from runtime_service.agent_check import check_agent
 from runtime_service.agent_events import event_from, size_of
 from runtime_service.agents import (
     AgentError,
@@ -25,9 +27,10 @@ from runtime_service.agents import (
 )
 from runtime_service.agents.a2a import A2AAgent
 from runtime_service.agents.a2a_options import A2AOptions
-from runtime_service.runs import LogLevel
+from runtime_service.registry import Server
+from runtime_service.runs import LogLevel, Run, RunStatus
 from tests.a2a_server import Remote, Script, serving
-from tests.support import GivenSurroundings, eventually, run_async
+from tests.support import GivenSurroundings, Runtime, contents, eventually, log_of, run_async, runtime
 
 ANSWER = Answer(AnsweredBy.CALLER, text="blue")
 
@@ -545,3 +548,52 @@ def test_a2a_agent_answers_many_turns_at_once() -> None:
         assert [messages_of(said) for said in answers] == [["one two three"]] * 20
 
     with_agent(Remote(count), check)
+
+
+@pytest.mark.parametrize(("streaming", "manner"), [(True, "streams"), (False, "again and again")])
+def test_a2a_agent_is_checked(streaming: bool, manner: str) -> None:
+    """A check says what the card offers, then what a turn shows."""
+    found: list[str] = []
+
+    async def check(agent: A2AAgent) -> None:
+        server = Server("mine", "default", agent, 60)
+        assert await check_agent(server, lambda finding: found.append(finding.text), 10)
+
+    with_agent(Remote(count), check, streaming=streaming)
+    assert found[0].startswith("It has an agent card: 'remote', version '1', by JSONRPC 1.0; ")
+    assert manner in found[0]
+    assert "one two three" in "".join(found)
+
+
+def asked_of(there: Runtime, run: Run) -> Callable[[], Awaitable[bool]]:
+    """Whether the run asks its caller something."""
+
+    async def asked() -> bool:
+        return (await there.get(run)).is_asking
+
+    return asked
+
+
+def test_a2a_agent_in_a_runtime(tmp_path: Path) -> None:
+    """The question is the run's, its context is found in the store after a restart, a cancel reaches the task."""
+    remote = Remote(ask_colour)
+
+    async def check(agent: A2AAgent) -> None:
+        place = tmp_path / "runs.db"
+        async with runtime(place, agent) as there:
+            run = await there.start("paint")
+            await there.until(asked_of(there, run))
+            await there.resume(run, "blue")
+            assert (await there.until_status(run, RunStatus.COMPLETED)).turn.output == "It is blue."
+            said = contents(await log_of(there.store, run.id))
+            assert [said[0], *said[2:]] == ["paint", "Which colour?", "blue", "It is blue."]
+        again = A2AAgent(agent._options)
+        async with runtime(place, again) as there:
+            await there.resume(run, "once more")
+            await there.until(asked_of(there, run))
+            assert remote.heard[-1].context_id == remote.heard[0].context_id
+            await there.cancel(run)
+            await eventually(lambda: remote.cancelled == [remote.heard[-1].task_id])
+        await again.close()
+
+    with_agent(remote, check)

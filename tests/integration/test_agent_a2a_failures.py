@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from runtime_service.agents import AgentError, Delta, Message, TurnContext
+from runtime_service.agents import AgentError, Delta, Log, Message, TurnContext
 from runtime_service.agents import a2a_conversation as conversation
 from runtime_service.agents.a2a import A2AAgent
 from runtime_service.agents.a2a_options import A2AOptions
@@ -186,7 +186,8 @@ def test_a2a_agent_translates_each_status(status: int, of_card: str, of_call: st
         ('{"name": 5}', "no agent card"),
         ("<html>It works!</html>", "no agent card"),
         ('{"name": "x"}', "no way to speak to it"),
-        ('{"supportedInterfaces": [{"url": "h", "protocolBinding": "GRPC"}]}', "offers GRPC"),
+        ('{"supportedInterfaces": [{"url": "http://h", "protocolBinding": "GRPC"}]}', "offers GRPC"),
+        ('{"supportedInterfaces": [{"url": "h", "protocolBinding": "JSONRPC"}]}', "offers JSONRPC"),
     ],
 )
 def test_a2a_agent_fails_on_what_is_no_card(body: str, words: str) -> None:
@@ -402,6 +403,67 @@ def test_a2a_agent_fails_on_a_stream_that_is_always_cut() -> None:
 
     assert failure_of(handle).code == "AGENT_STREAM_CUT"
     assert methods == ["SendStreamingMessage", *["SubscribeToTask"] * 3, "CancelTask"]
+
+
+@pytest.mark.usefixtures("_brief_pauses")
+def test_a2a_agent_takes_up_a_stream_as_often_as_it_brings_something() -> None:
+    """An agent, or what is between, that ends each stream after a while does no harm."""
+    calls = 0
+
+    async def handle(request: web.Request, call: dict[str, Any]) -> web.StreamResponse:
+        nonlocal calls
+        calls += 1
+        return await begin_stream(request, WORKING, piece(f"{calls} "), *([COMPLETED] if calls == 10 else []))
+
+    assert messages_of(handle) == ["1 2 3 4 5 6 7 8 9 10 "]
+
+
+def test_a2a_agent_sends_a_lost_message_again_only_once() -> None:
+    """A task that is cancelled over there again and again ends the turn."""
+    methods: list[str] = []
+
+    async def handle(request: web.Request, call: dict[str, Any]) -> web.StreamResponse:
+        methods.append(call["method"])
+        canceled = {"task": WORKING["task"] | {"status": {"state": "TASK_STATE_CANCELED"}}}
+        return await begin_stream(request, canceled)
+
+    async def run() -> str:
+        async with serving(handle) as url:
+            agent = A2AAgent(A2AOptions(url))
+            kept = {"a2a_task": Log("", metadata={"taskId": "t", "contextId": "c", "turn": 1, "url": url})}
+            turn = TurnContext(input="hi", metadata={}, attempt=2, surroundings=GivenSurroundings(logs=kept))
+            with pytest.raises(AgentError) as caught:
+                async for _ in agent.run(turn):
+                    pass
+            await agent.close()
+            return caught.value.code
+
+    assert run_async(run()) == "AGENT_TASK_CANCELED"
+    assert methods == ["SubscribeToTask", "SendStreamingMessage"]
+
+
+def test_a2a_agent_is_closed_while_it_waits_for_a_card() -> None:
+    """Nobody waits for an agent that hangs when the service stops, and nothing is left behind."""
+    asked = asyncio.Event()
+
+    async def card(request: web.Request) -> web.StreamResponse:
+        asked.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def run() -> None:
+        async with serving(streaming(), card) as url:
+            agent = A2AAgent(A2AOptions(url))
+            turn = asyncio.ensure_future(anext(agent.run(TurnContext(input="hi", metadata={}))))
+            await asked.wait()
+            assert [task for task in asyncio.all_tasks() if "Connection" in repr(task.get_coro())]
+            turn.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await turn
+            await agent.close()
+            assert not [task for task in asyncio.all_tasks() if "Connection" in repr(task.get_coro())]
+
+    run_async(run())
 
 
 @pytest.mark.parametrize("events", [[], [piece("a") | {"artifactUpdate": {"artifact": {"parts": [{"text": "a"}]}}}]])

@@ -16,12 +16,14 @@ import psutil
 import pytest
 import uvloop
 
+from runtime_service.agent_check import check_agent
 from runtime_service.agents import (
     AgentError,
     AgentOutput,
     Answer,
     AnsweredBy,
     Delta,
+    Finding,
     HistoryMessage,
     Log,
     Message,
@@ -31,7 +33,7 @@ from runtime_service.agents import (
 )
 from runtime_service.agents.agent_client_protocol.agent import AgentClientProtocolAgent
 from runtime_service.agents.agent_client_protocol.options import AgentClientProtocolOptions
-from runtime_service.registry import load_registry
+from runtime_service.registry import Server, load_registry
 from runtime_service.runs import EventRole, LogLevel
 from tests.support import GivenSurroundings, eventually, run_async
 
@@ -456,8 +458,10 @@ def test_warm_processes_wait_for_new_runs(play: Callable[[Check], None]) -> None
         }
         assert text_of(await stage.turn(agent, [tell("pid")], run_id="run_2")) == str(warm)
         await eventually(lambda: len(agent_processes()) == 3)
-        for process in agent_processes():
+        killed = agent_processes()
+        for process in killed:
             process.kill()
+        await eventually(lambda: not any(psutil.pid_exists(process.pid) for process in killed))
         said = await stage.turn(agent, [tell("pid")], run_id="run_3")
         assert is_alive(int(text_of(said)))
 
@@ -476,6 +480,61 @@ def test_session_is_opened_without_a_turn(play: Callable[[Check], None]) -> None
         )
         assert failure.code == "AGENT_LOGIN_REQUIRED"
         assert not agent_processes()
+
+    play(check)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (
+            ["--load", "--modes", "--models"],
+            [
+                "It speaks version 1 of the Agent Client Protocol, and opens a session: Obedient Agent 1.2.3",
+                "It loads earlier sessions: a run goes on in them after a restart.",
+                "It offers the modes ask, code; by itself it takes ask.",
+                "It offers the models small, large; by itself it takes small.",
+            ],
+        ),
+        (
+            ["--resume"],
+            [
+                "It speaks version 1 of the Agent Client Protocol, and opens a session: Obedient Agent 1.2.3",
+                "It resumes earlier sessions: a run goes on in them after a restart.",
+            ],
+        ),
+        (
+            [],
+            [
+                "It speaks version 1 of the Agent Client Protocol, and opens a session: Obedient Agent 1.2.3",
+                "It takes up no earlier session: after a restart it is given the conversation as context.",
+            ],
+        ),
+    ],
+)
+def test_check_says_what_a_session_shows(play: Callable[[Check], None], arguments: list[str], found: list[str]) -> None:
+    """Who it is, whether it takes up sessions, and what it offers; nothing is left of it."""
+
+    async def check(stage: Stage) -> None:
+        agent = stage.agent("obedient", *arguments)
+        findings = [finding async for finding in agent.check()]
+        assert ([finding.text for finding in findings], {finding.works for finding in findings}) == (found, {True})
+        assert not agent_processes()
+        assert not (stage.folder / "work" / "check").exists()
+
+    play(check)
+
+
+def test_check_tells_that_a_login_is_needed(play: Callable[[Check], None]) -> None:
+    """As a turn would, and executes none."""
+
+    async def check(stage: Stage) -> None:
+        found: list[Finding] = []
+        server = Server("mine", "default", stage.agent("obedient", "--login"), 60)
+        assert not await check_agent(server, found.append, 20)
+        (missing,) = found
+        assert not missing.works
+        assert missing.text.endswith("(AGENT_LOGIN_REQUIRED)")
 
     play(check)
 
@@ -669,7 +728,7 @@ def test_cancel_answers_an_open_question(play: Callable[[Check], None]) -> None:
 
     class Waiting(GivenSurroundings):
         async def ask(self, *question: Any) -> Answer:
-            self.asked.append(question)  # type: ignore[arg-type]
+            self.asked.append(question)
             await asyncio.Event().wait()
             raise AssertionError
 
@@ -712,6 +771,7 @@ def test_cancel_while_the_process_starts_ends_it(play: Callable[[Check], None]) 
         ("mute", {"start_seconds": 0.3}, "AGENT_START_TIMEOUT", "within 0.3 s (start_seconds)"),
         ("wrong session", {}, "AGENT_PROTOCOL_ERROR", "in NewSessionResponse, sessionId"),
         ("wrong answer", {}, "AGENT_PROTOCOL_ERROR", "in PromptResponse, stopReason"),
+        ("wrong error", {}, "AGENT_PROTOCOL_ERROR", "an error that is none"),
         ("broken", {}, "AGENT_PROTOCOL_ERROR", "broken JSON"),
         ("noise", {}, "AGENT_PROTOCOL_ERROR", "'a line that somebody printed'"),
         ("long line", {}, "AGENT_PROTOCOL_ERROR", "more than 8,388,608 bytes"),
@@ -822,10 +882,9 @@ def test_agent_that_ends_in_the_middle_fails_its_turn(
         assert said[-1].level is LogLevel.WARNING
         # That of a later turn dies between two turns: it has another one.
         said = await stage.turn(agent, [tell("pid")], turn=2)
-        session = agent._runs["run_1"].session
-        assert session is not None
-        os.kill(session.pid, signal.SIGKILL)
-        await eventually(lambda: not session.is_alive)
+        pid = int(text_of(said))
+        os.kill(pid, signal.SIGKILL)
+        await eventually(lambda: not psutil.pid_exists(pid))
         assert text_of(await stage.turn(agent, [tell("pid")], turn=3)) != text_of(said)
 
     play(check)

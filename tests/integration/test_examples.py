@@ -129,7 +129,7 @@ def test_pydantic_ai_tool_that_spends_money_needs_permission(
 
     async def main() -> None:
         async with serving(tmp_path, servers=example("pydantic_ai_tools")) as stack:
-            first = await stack.start("keeper", "order 5 sugar")
+            first = await stack.start("keeper", "Order 5 bags of sugar")
             assert states(first) == ASKS
             assert said(first)[1:] == [
                 ("order", "tool_call"),

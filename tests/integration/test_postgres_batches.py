@@ -344,7 +344,7 @@ def test_cost_does_not_grow_with_what_is_stored(stores: PostgresStores) -> None:
             pages["run_key"] = await pages_of(connection, QUERIES["run_key"], run_id, ORGANIZATION, SERVER)
             pages["read_events"] = await pages_of(connection, read["read_events"], run_id, 0, 100, ALL)
             pages["read_messages"] = await pages_of(connection, read["read_messages"], run_id, 9, 100)
-            pages["read_latest_log"] = await pages_of(connection, QUERIES["read_latest_log"], run_id, "session")
+            pages["read_latest_log"] = await pages_of(connection, QUERIES["read_latest_log"], run_id, "session", 0)
             pages["is_claimable"] = await pages_of(connection, read["is_claimable"])
             for status, query in LIST_RUNS.items():
                 arguments = (ORGANIZATION, SERVER, 1 << 40, 20, ALL)

@@ -9,6 +9,7 @@ from runtime_service.errors import QuestionAnswered
 from runtime_service.runs import RunStatus
 from runtime_service.store import postgres_listener
 from runtime_service.store.base import Change, Outcome, QuestionOpen, TurnLost
+from runtime_service.store.postgres_writes import continue_run
 from tests.integration.test_postgres_replicas import Heard, expire, replicas
 from tests.stores import PostgresStores
 from tests.support import (
@@ -129,6 +130,23 @@ def test_answer_and_completion_race_to_one_order(stores: PostgresStores) -> None
                 assert (stored.status, stored.question) == (RunStatus.COMPLETED, None)
                 told[is_answered] += 1
             assert told.total() == 60
+
+    run_async(main())
+
+
+def test_process_of_the_version_before_queues_what_comes(stores: PostgresStores) -> None:
+    """It does not say what of the input might be an answer, and would not understand that it is refused."""
+
+    async def main() -> None:
+        async with replicas(stores) as (one, other):
+            asked = await asking(one)
+            for text in ("yes", "other"):
+                resuming = continue_run(next_turn(asked, text), claim=True)
+                del resuming.arguments["blanks"], resuming.arguments["characters"]
+                change = await other._writer.submit(resuming)
+                assert (change.run.status, contents(change.events)) == (RunStatus.QUEUED, [text])
+                if asked.is_asking:
+                    asked = (await one.answer_question(answer_to(asked))).run
 
     run_async(main())
 

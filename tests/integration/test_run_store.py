@@ -586,6 +586,26 @@ def test_recover_fails_at_once_what_may_not_be_repeated(stores: Stores) -> None:
     run_async(main())
 
 
+def test_recover_leaves_a_run_the_status_of_its_latest_turn(stores: Stores) -> None:
+    """Input that waits behind a turn that was lost makes it a run that waits; so it is listed, and not deleted."""
+
+    async def main() -> None:
+        async with stores.open() as store:
+            run = await running(store)
+            await store.continue_run(next_turn(run), claim=False)
+        async with stores.open() as store:
+            (change,) = await store.recover(3, never)
+            assert change.run.status is RunStatus.FAILED
+            listed = {
+                status: (await store.list_runs(ORGANIZATION, SERVER, status=status, token=None, limit=9)).runs
+                for status in RunStatus
+            }
+            assert [status for status, runs in listed.items() if runs] == [RunStatus.QUEUED]
+            assert not any(await store.delete_runs(1 << 50, 9))
+
+    run_async(main())
+
+
 def test_recover_leaves_alone_what_this_process_holds(stores: Stores) -> None:
     """However often it is asked, and whatever an earlier process had left."""
 

@@ -173,20 +173,23 @@ def test_answer_closes_the_question(stores: Stores) -> None:
         asked = (await store.ask_question(key_of(run), [question()], OPTIONS)).run
         assert (asked.turn.number, asked.last_turn) == (1, 2)
         assert (await read(store, run)).question == asked.question  # the latest turn, which waits
+        await store.append_events(key_of(run), said("Well?"))
         change = await store.answer_question(answer_to(asked))
         (event,) = change.events
-        assert (event.sequence, event.turn, event.role, event.content) == (4, 1, EventRole.USER, "yes")
+        assert (event.sequence, event.turn, event.role, event.content) == (5, 1, EventRole.USER, "yes")
         assert event.log_type == PERMISSION_RESPONSE
         assert change.run.question == Question(3, is_open=False, options=OPTIONS)
-        assert (change.run.turn, change.run.last_turn, change.run.message_count) == (asked.turn, 2, 3)
+        assert (change.run.turn, change.run.last_turn, change.run.message_count) == (asked.turn, 2, 4)
         assert change.run == await read(store, run, 1)
         assert (await read(store, run)).status is RunStatus.QUEUED
         before = await snapshot(store, run)
         with pytest.raises(QuestionAnswered):
             await store.answer_question(answer_to(asked, "no"))
         assert await snapshot(store, run) == before
+        assert (await store.append_events(key_of(run), [])).run.last_sequence == 5
         appended = await store.append_events(key_of(run), said("Thanks."))
         assert appended.run.question == change.run.question
+        assert contents(await log_of(store, run.id))[2:] == ["May I?", "Well?", "yes", "Thanks."]
 
     with_store(stores, check)
 
@@ -509,6 +512,8 @@ def test_read_latest_log_finds_the_newest_of_its_type(stores: Stores) -> None:
         found = await latest("session")
         assert found is not None
         assert (found.content, found.turn, found.metadata) == ("four", 2, b'{"id":1.50}')
+        assert await store.read_latest_log(run.id, "session", found.sequence - 1) == found
+        assert await store.read_latest_log(run.id, "session", found.sequence) is None
         assert (await latest("plan"), await latest("none"), await latest("session", "run_none")) == (
             (await log_of(store, run.id))[2],
             None,

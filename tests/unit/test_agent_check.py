@@ -129,10 +129,10 @@ def test_check_takes_a_failure_for_want_of_an_answer_as_such() -> None:
     assert found[-1] == "It ends its turn for want of an answer: You did not allow it. (DENIED)"
 
     async def refusing(turn: TurnContext) -> AsyncGenerator[AgentSays]:
-        raise AgentError("The model is away.", "MODEL_AWAY")
+        raise AgentError("The model is away\x1b[2J.\n", "MODEL_AWAY")
         yield
 
-    assert check(refusing) == (False, [], ["The model is away. (MODEL_AWAY)"])
+    assert check(refusing) == (False, [], [r"The model is away\x1b[2J.\n (MODEL_AWAY)"])
 
 
 def test_check_tells_what_the_agent_raised_and_where() -> None:
@@ -220,7 +220,7 @@ def test_check_ends_with_its_time_limit() -> None:
         finally:
             cleaned.append(True)
 
-    assert check(endless, 0.05) == (False, [], ["It has not ended its turn after 0.05 s."])
+    assert check(endless, 0.05) == (False, [], ["It has not come to an end after 0.05 s."])
     assert cleaned == [True]
 
 
@@ -244,6 +244,6 @@ def test_check_ends_though_the_agent_does_not(monkeypatch: pytest.MonkeyPatch) -
         return [finding.text for finding in found]
 
     assert run_async(main()) == [
-        "It has not ended its turn after 0.05 s.",
-        "It goes on, 0.05 s after its turn was cancelled.",
+        "It has not come to an end after 0.05 s.",
+        "It goes on, 0.05 s after it was cancelled.",
     ]

@@ -1,5 +1,6 @@
 """The `agent_client_protocol` agent without a process: what its options may say, and updates as outputs."""
 
+import asyncio
 import os
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from runtime_service.agents import AgentOutput, Delta, HistoryMessage, Log, Mess
 from runtime_service.agents.agent_client_protocol.agent import history_text
 from runtime_service.agents.agent_client_protocol.content import MAX_JSON_BYTES
 from runtime_service.agents.agent_client_protocol.directory import Refused, WorkingDirectory
+from runtime_service.agents.agent_client_protocol.inbox import Inbox
 from runtime_service.agents.agent_client_protocol.options import AgentClientProtocolOptions
-from runtime_service.agents.agent_client_protocol.updates import MAX_TEXT_CHARACTERS, UPDATES, Transcript, merged
+from runtime_service.agents.agent_client_protocol.updates import MAX_TEXT_CHARACTERS, UPDATES, Said, Transcript, merged
 from runtime_service.runs import EventRole, LogLevel
+from tests.support import run_async
 
 MIB = 1 << 20
 
@@ -317,6 +320,16 @@ def test_tool_call_is_cut_where_it_is_large() -> None:
     assert len(msgspec.json.encode(metadata)) < MIB // 2
 
 
+def test_tool_call_is_cut_where_it_is_deep() -> None:
+    """Whoever reads the event has a limit of nesting."""
+    deep: Any = []
+    for _ in range(900):
+        deep = [deep]
+    entry = only(outputs_of(call(new=True, title="t", rawInput=deep, rawOutput={"a": [{"b": [1]}]})))
+    assert entry.metadata["rawInput"]["cut"] in ("", "[" * 901 + "]" * 901)
+    assert entry.metadata["rawOutput"] == {"a": [{"b": [1]}]}
+
+
 def test_diff_of_long_texts_is_one_hunk() -> None:
     """Found in no time; what did not change is left out but for three lines on either side."""
     old = [f"line {n}" for n in range(50_000)]
@@ -503,3 +516,31 @@ def test_directory_is_removed_only_if_it_was_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError):
         WorkingDirectory.make(tmp_path / "file")
+
+
+# The inbox
+
+
+def test_inbox_holds_up_an_agent_that_nobody_listens_to() -> None:
+    """By the number of outputs and by their size; a turn that is left holds up nobody."""
+
+    async def check(*outputs: Said) -> None:
+        inbox = Inbox(Transcript(lambda _: None))
+        await inbox.room()
+        inbox.add(list(outputs))
+        waiting = asyncio.create_task(inbox.room())
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert not waiting.done()
+        assert inbox.take() == list(outputs)
+        await waiting
+        inbox.add(list(outputs))
+        waiting = asyncio.create_task(inbox.room())
+        await asyncio.sleep(0)
+        inbox.leave()
+        await waiting
+        assert inbox.take() == []
+
+    run_async(check(*[Delta("x")] * 64))
+    run_async(check(Message("x" * (1 << 18))))
+    run_async(check(*[Log("x", metadata={"k": "v"})] * 17))

@@ -142,7 +142,7 @@ MISTAKES = [
     (server("kind = 7"), "$.servers[...].kind"),
     (
         server('kind = "agent_runtime"'),
-        r"servers.mine: an agent runtime needs `agent`, one of a2a, echo, local, openai, python",
+        r"servers.mine: an agent runtime needs `agent`, one of a2a, agent_client_protocol, echo, local, openai, python",
     ),
     (server('kind = "agent_runtime"\nagent = "ecko"'), r"servers.mine: an agent runtime needs `agent`, one of a2a"),
     (server('kind = "agent_runtime"\nagent = "echo"\nagent_runtime = "x"'), "servers.mine: .* no `agent_runtime`"),

@@ -37,6 +37,16 @@ class Bare(Agent):
         yield Message(turn.input)
 
 
+class Fragile(Parrot):
+    def __init__(self, options):
+        raise KeyError("seed")
+
+
+class Empty(Parrot):
+    def __init__(self):
+        pass
+
+
 class Stranger:
     Options = Options
 """
@@ -125,6 +135,17 @@ def test_kind_that_cannot_be_used_is_told_with_its_package(
         load(tmp_path, kind)
     entry_point = f"the entry point '{value}' of the package parrots"
     assert f"servers.toml: servers.mine: {told.format(entry_point)}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "raised"), [("Fragile", "KeyError: 'seed'"), ("Empty", "TypeError: Empty.__init__() takes 1 positional")]
+)
+def test_kind_that_cannot_be_made_is_told(tmp_path: Path, install: Install, kind: str, raised: str) -> None:
+    """Its constructor is code of others: whatever it raises names the server and the kind."""
+    install("parrots", {"parrot": f"parrots_f:{kind}"}, {"parrots_f": AGENT})
+    with pytest.raises(ConfigurationError) as caught:
+        load(tmp_path, "parrot")
+    assert f"servers.mine: the agent 'parrot' cannot be made: it raised {raised}" in str(caught.value)
 
 
 def test_kind_that_two_packages_offer_is_told_with_both(tmp_path: Path, install: Install) -> None:

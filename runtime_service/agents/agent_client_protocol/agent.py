@@ -5,6 +5,7 @@ import logging
 import secrets
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from runtime_service.agents.agent_client_protocol.directory import WorkingDirect
 from runtime_service.agents.agent_client_protocol.failures import Failures
 from runtime_service.agents.agent_client_protocol.options import AgentClientProtocolOptions
 from runtime_service.agents.agent_client_protocol.session import Session
-from runtime_service.agents.base import Agent, AgentError, AgentSays, HistoryMessage, Log, TurnContext
+from runtime_service.agents.base import Agent, AgentError, AgentSays, Finding, HistoryMessage, Log, TurnContext
 from runtime_service.runs import EventRole, LogLevel
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,17 @@ class AgentClientProtocolAgent(Agent):
         """Say so when the command is not there."""
         self._found = self._found or self._options.executable() is not None
         return None if self._found else self._failures.not_found().message
+
+    async def check(self) -> AsyncGenerator[Finding]:
+        """Open a session, and say what it shows; its working directory is removed again if it was made for it."""
+        session = await self.open_session(run_id="check", server_id="check", thread_id="check")
+        try:
+            for finding in session.findings():
+                yield finding
+        finally:
+            await session.end()
+            if session.directory is not None:
+                await asyncio.to_thread(session.directory.remove)
 
     async def run(self, turn: TurnContext) -> AsyncGenerator[AgentSays]:
         """Prompt the run's session. Raises AgentError."""
@@ -132,6 +144,7 @@ class AgentClientProtocolAgent(Agent):
                 how = await session.reopen(directory, session_id) if isinstance(session_id, str) else None
                 if how is None:
                     await session.open(directory)
+                session.on_lost = partial(self._lost, run, session)
         except TimeoutError:
             raise self._failures.start_timeout() from None
         return how or "new"
@@ -204,7 +217,11 @@ class AgentClientProtocolAgent(Agent):
                 raise
             log.warning("no process of the agent %s could be started ahead: %s", self._options.name, error)
             return None
+        session.on_lost = partial(self._lost_warm, session)
         return session
+
+    def _lost_warm(self, session: Session) -> None:
+        self._spawn(session.end())
 
     # Ends
 
@@ -220,6 +237,12 @@ class AgentClientProtocolAgent(Agent):
         if not self._closed:
             loop = asyncio.get_running_loop()
             run.idle = loop.call_later(self._options.idle_seconds, self._on_idle, run_id, run)
+
+    def _lost(self, run: "_Run", session: Session) -> None:
+        """A process has ended by itself: between two turns nobody else sees to what it may have left."""
+        if not run.busy and run.session is session:
+            run.session = None
+            run.settling = self._spawn(session.end())
 
     async def _cancel(self, run: "_Run", session: Session) -> None:
         if not await session.cancel():

@@ -17,6 +17,7 @@ ContentBlock: TypeAlias = (
 )
 
 MAX_JSON_BYTES = 16_384
+_MAX_DEPTH = 24
 _MAX_RESOURCE_CHARACTERS = 16_384
 _MAX_NAME_CHARACTERS = 1_000
 
@@ -29,9 +30,12 @@ def cut(text: str, characters: int) -> str:
 
 
 def cut_json(value: Any, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """Return a JSON value; where it is longer, the beginning of its text and a note."""
-    text = msgspec.json.encode(value)
-    if len(text) <= max_bytes:
+    """Return a JSON value; where it is longer or nested deeper, the beginning of its text and a note."""
+    try:
+        text = msgspec.json.encode(value)
+    except RecursionError:
+        return {"cut": "", "bytes": None}
+    if len(text) <= max_bytes and not _is_deeper(value, _MAX_DEPTH):
         return value
     return {"cut": text[:max_bytes].decode(errors="ignore"), "bytes": len(text)}
 
@@ -69,6 +73,12 @@ def description_of(block: ContentBlock) -> dict[str, Any] | None:
             described = {"type": block.type, "uri": resource.uri, "mimeType": resource.mime_type, "bytes": size}
     named = {key: _name(value) if isinstance(value, str) else value for key, value in described.items()}
     return {key: value for key, value in named.items() if value is not None}
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return isinstance(value, list) and (levels == 0 or any(_is_deeper(each, levels - 1) for each in value))
 
 
 def _name(text: str) -> str:

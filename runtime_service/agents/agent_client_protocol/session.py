@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +17,7 @@ from acp.schema import (
     FileSystemCapabilities,
     Implementation,
     InitializeResponse,
+    NewSessionResponse,
     TextContentBlock,
 )
 from pydantic import ValidationError
@@ -24,12 +25,13 @@ from pydantic import ValidationError
 from runtime_service.agents.agent_client_protocol.client import Client, Question
 from runtime_service.agents.agent_client_protocol.directory import WorkingDirectory
 from runtime_service.agents.agent_client_protocol.failures import Failures
+from runtime_service.agents.agent_client_protocol.findings import session_findings
 from runtime_service.agents.agent_client_protocol.inbox import Inbox
 from runtime_service.agents.agent_client_protocol.options import AgentClientProtocolOptions
 from runtime_service.agents.agent_client_protocol.settings import configure, mcp_servers
 from runtime_service.agents.agent_client_protocol.transport import MAX_LINE_BYTES, ChildTransport
 from runtime_service.agents.agent_client_protocol.updates import UPDATES, Said, Transcript, merged
-from runtime_service.agents.base import AgentError
+from runtime_service.agents.base import AgentError, Finding
 from runtime_service.agents.child_process import ChildProcess
 
 _EXIT_SECONDS = 1.0
@@ -47,14 +49,17 @@ class Session:
         self._options = options
         self._failures = Failures(options)
         self._child = child
-        self._transport = ChildTransport(child, self._on_update)
+        self._transport = ChildTransport(child, self._on_update, self._on_end)
         self._client = Client(options)
         self._connection: Any = ClientSideConnection(self._client, self._transport, use_unstable_protocol=True)
         self._initialized: InitializeResponse | None = None
+        self._opened: NewSessionResponse | None = None
         self._turn: Inbox | None = None
         self._prompting: asyncio.Task[Any] | None = None
         self.is_broken = False
         self.is_open = False
+        self.on_lost: Callable[[], None] | None = None
+        """Called when nothing more comes from the process."""
 
     @classmethod
     async def launch(cls, options: AgentClientProtocolOptions, cwd: Path) -> "Session":
@@ -103,6 +108,11 @@ class Session:
         said = {"name": info.name, "title": info.title, "version": info.version}
         return {key: value[:200] for key, value in said.items() if value}
 
+    def findings(self) -> list[Finding]:
+        """Return what the session, which is open, shows of the agent."""
+        assert self._opened is not None, "open() was called"
+        return session_findings(self.agent, self._known(), self._opened)
+
     async def initialize(self) -> None:
         """Agree on what both sides can do. Raises AgentError."""
         options = self._options
@@ -134,6 +144,7 @@ class Session:
         try:
             opened = await self._connection.new_session(cwd=str(directory.path), mcp_servers=servers)
             self._client.session_id = opened.session_id
+            self._opened = opened
             await configure(self._connection, opened.session_id, opened, self._options)
         except (RequestError, ValidationError, ConnectionError) as error:
             raise await self._failure(error) from error
@@ -258,9 +269,14 @@ class Session:
             update = kind.model_validate(params["update"])
         except (ValidationError, KeyError, TypeError):
             turn.add_strange()
+            await asyncio.sleep(0)  # others have their turn, however many of these there are
         else:
             turn.add(turn.transcript.add(update))
         await turn.room()
+
+    def _on_end(self) -> None:
+        if self.on_lost is not None:
+            self.on_lost()
 
     async def _wait(self, turn: Inbox) -> None:
         """Wait for something to happen. Raises AgentError when nothing does."""

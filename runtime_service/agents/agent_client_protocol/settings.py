@@ -47,18 +47,19 @@ async def configure(connection: Any, session_id: str, opened: Opened, options: A
             if mode_id != opened.modes.current_mode_id:
                 await connection.set_session_mode(session_id=session_id, mode_id=mode_id)
             continue
-        select = _select(what, selects)
-        value = _chosen(what, wanted, {} if select is None else _values(select), options)
+        select = selected(what, selects)
+        value = _chosen(what, wanted, {} if select is None else values(select), options)
         if select is not None and value != select.current_value:
             await connection.set_config_option(config_id=select.id, session_id=session_id, value=value)
 
 
-def _select(what: str, selects: Sequence[SessionConfigOptionSelect]) -> SessionConfigOptionSelect | None:
+def selected(what: str, selects: Sequence[SessionConfigOptionSelect]) -> SessionConfigOptionSelect | None:
+    """Return the setting that is the mode or the model, by its category, else by its id."""
     by_category = [each for each in selects if each.category == what]
     return next(iter([*by_category, *(each for each in selects if each.id == what)]), None)
 
 
-def _values(select: SessionConfigOptionSelect) -> dict[str, str]:
+def values(select: SessionConfigOptionSelect) -> dict[str, str]:
     """Return the values of a setting, and their names."""
     found: dict[str, str] = {}
     for each in select.options:

@@ -29,16 +29,17 @@ OnUpdate = Callable[[Any], Awaitable[None]]
 
 
 class ChildTransport:
-    """The messages of one child; `on_update` gets the updates, in order.
+    """The messages of one child; `on_update` gets the updates, in order, and `on_end` is called when there are no more.
 
     A line that is no JSON object is left out, as the SDK does, since agents print to their stdout now and then: but not
     a hundred between two messages, and not one that begins as a message does (`{"`), for that was one. `broken` then
     says what is wrong, and the stream is at its end. `heard_at` is the monotonic time of the last message.
     """
 
-    def __init__(self, child: ChildProcess, on_update: OnUpdate) -> None:
+    def __init__(self, child: ChildProcess, on_update: OnUpdate, on_end: Callable[[], None]) -> None:
         self._child = child
         self._on_update = on_update
+        self._on_end = on_end
         self._stray_lines = 0
         self._open_requests = 0
         self._request_answered = asyncio.Event()
@@ -70,7 +71,9 @@ class ChildTransport:
     async def receive(self) -> dict[str, Any] | None:
         """Return the next request or response; None at the end of the stream, or where it is broken."""
         message = await self._next()
-        self.is_at_end = message is None
+        if message is None:
+            self.is_at_end = True
+            self._on_end()
         return message
 
     async def _next(self) -> dict[str, Any] | None:
@@ -115,6 +118,8 @@ class ChildTransport:
                 return None
             message = None
         if isinstance(message, dict) and _is_message(message):
+            if not isinstance(message.get("error", {}), dict | None):
+                self.broken = f"it answered with an error that is none: {_shown(text)}"
             return message
         self._stray_lines += 1
         if self._stray_lines > _MAX_STRAY_LINES:

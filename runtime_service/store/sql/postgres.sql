@@ -75,5 +75,5 @@ ORDER BY turn DESC, sequence DESC LIMIT $3
 
 -- name: read_latest_log
 SELECT sequence, turn, role, content, created_at_ms, log_type, log_level, metadata FROM acp.events
-WHERE run_key = (SELECT run_key FROM acp.runs WHERE id = $1) AND log_type = $2
+WHERE run_key = (SELECT run_key FROM acp.runs WHERE id = $1) AND log_type = $2 AND sequence > $3
 ORDER BY sequence DESC LIMIT 1

@@ -192,5 +192,5 @@ ORDER BY turn DESC, sequence DESC LIMIT ?3
 
 -- name: latest_log
 SELECT sequence, turn, role, content, created_at_ms, log_type, log_level, metadata FROM events
-WHERE run_key = (SELECT run_key FROM runs WHERE id = ?1) AND log_type = ?2
+WHERE run_key = (SELECT run_key FROM runs WHERE id = ?1) AND log_type = ?2 AND sequence > ?3
 ORDER BY sequence DESC LIMIT 1
