@@ -192,7 +192,9 @@ def clean_environment(more: Mapping[str, str] = {}) -> dict[str, str]:
     return {**environment, "PYTHONPATH": os.pathsep.join(paths), **more}
 
 
-def command(folder: Path, *arguments: str, environment: Mapping[str, str] = {}) -> "subprocess.CompletedProcess[str]":
+def command(
+    folder: Path, *arguments: str, environment: Mapping[str, str] = {}, limit_seconds: float = LIMIT_SECONDS
+) -> "subprocess.CompletedProcess[str]":
     """Run a command to its end."""
     return subprocess.run(
         [sys.executable, "-m", *arguments],
@@ -201,7 +203,7 @@ def command(folder: Path, *arguments: str, environment: Mapping[str, str] = {}) 
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=LIMIT_SECONDS,
+        timeout=limit_seconds,
         check=False,
     )
 

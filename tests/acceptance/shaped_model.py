@@ -27,7 +27,7 @@ from typing import Any
 import httpx
 import msgspec
 
-from tests.acceptance.processes import LIMIT_SECONDS, ROOT
+from tests.acceptance.processes import ROOT
 
 NOTE = "note.txt"
 """The file that the model is made to write."""
@@ -58,7 +58,7 @@ def shaped_model() -> Iterator[ShapedModel]:
     asked: list[list[dict[str, Any]]] = []
     with (
         _engine() as engine_url,
-        httpx.Client(base_url=engine_url, headers={"Authorization": f"Bearer {_KEY}"}, timeout=LIMIT_SECONDS) as model,
+        httpx.Client(base_url=engine_url, headers={"Authorization": f"Bearer {_KEY}"}, timeout=None) as model,
     ):
         server = ThreadingHTTPServer(("127.0.0.1", 0), _shaping(model, asked))
         server.daemon_threads = True

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import httpx
 import pytest
 
-from tests.acceptance.processes import Up, children, is_alive, until, up
+from tests.acceptance.processes import Up, children, command, is_alive, until, up
 from tests.acceptance.real_agents import FAST_AGENT, OPENCODE, RealAgent
 from tests.acceptance.shaped_model import NOTE, ShapedModel, shaped_model
 
@@ -68,20 +68,20 @@ class Play(ABC):
         until(lambda: self.works(path), "the agent at work")
 
     def processes(self) -> dict[int, str]:
-        """What runs in the agents' working directories, with its command."""
+        """What runs in the agents' working directories, with its arguments."""
         found = {}
         for pid in children(self.shared.runtime_pid):
             try:
-                folder, command = Path(f"/proc/{pid}/cwd").readlink(), Path(f"/proc/{pid}/cmdline").read_text()
+                folder, arguments = Path(f"/proc/{pid}/cwd").readlink(), Path(f"/proc/{pid}/cmdline").read_text()
             except (FileNotFoundError, ProcessLookupError, PermissionError):
                 continue
             if self.work_folder in [folder, *folder.parents]:
-                found[pid] = command.replace("\0", " ")
+                found[pid] = arguments.replace("\0", " ")
         return found
 
     def agents(self) -> list[int]:
         """The processes of the agent itself."""
-        return [pid for pid, command in self.processes().items() if str(self.agent.folder) in command]
+        return [pid for pid, arguments in self.processes().items() if str(self.agent.folder) in arguments]
 
     @property
     def work_folder(self) -> Path:
@@ -103,7 +103,7 @@ class FastAgent(Play):
     reject = "reject_once"
 
     def works(self, path: str) -> object:
-        return any(command.startswith("sleep 300") for command in self.processes().values())
+        return any(arguments.startswith("sleep 300") for arguments in self.processes().values())
 
     def remembers(self, path: str) -> bool:
         # Its model answers the first prompt after a tool call that was broken off by saying that it was.
@@ -144,7 +144,7 @@ def _texts(messages: list[dict[str, Any]]) -> list[str]:
     return [message["content"] for message in messages]
 
 
-def _servers(command: str, arguments: Sequence[str], environment: Mapping[str, str]) -> str:
+def _servers(program: str, arguments: Sequence[str], environment: Mapping[str, str]) -> str:
     # JSON's strings and lists of them are TOML's, too.
     variables = "\n".join(f"{name} = {json.dumps(value)}" for name, value in environment.items())
     return f"""
@@ -155,7 +155,7 @@ repeatable = false
 questions = {{ allow_tool_kinds = ["execute"] }}
 
 [servers.agent.options]
-command = {json.dumps(command)}
+command = {json.dumps(program)}
 args = {json.dumps(arguments)}
 
 [servers.agent.options.env]
@@ -166,8 +166,8 @@ args = {json.dumps(arguments)}
 @contextmanager
 def play_fast_agent(folder: Path) -> Iterator[Play]:
     """Serve fast-agent. Its sessions are in the run's working directory."""
-    command = FAST_AGENT.require()
-    servers = _servers(command, ["acp", "--model", "passthrough", "--shell"], {"HOME": str(folder)})
+    program = FAST_AGENT.require()
+    servers = _servers(program, ["acp", "--model", "passthrough", "--shell"], {"HOME": str(folder)})
     with up(folder, servers=servers) as shared:
         yield FastAgent(shared)
 
@@ -175,7 +175,7 @@ def play_fast_agent(folder: Path) -> Iterator[Play]:
 @contextmanager
 def play_opencode(folder: Path) -> Iterator[Play]:
     """Serve OpenCode. Its sessions are in its HOME, which all runs share."""
-    command = OPENCODE.require()
+    program = OPENCODE.require()
     with shaped_model() as model:
         environment = {
             "HOME": str(folder),
@@ -184,7 +184,7 @@ def play_opencode(folder: Path) -> Iterator[Play]:
             # It fetches what its plug-ins could need at each start; there are none.
             "npm_config_registry": "http://127.0.0.1:9",
         }
-        with up(folder, servers=_servers(command, ["acp", "--pure"], environment)) as shared:
+        with up(folder, servers=_servers(program, ["acp", "--pure"], environment)) as shared:
             yield OpenCode(shared, model)
 
 
@@ -306,3 +306,13 @@ def test_no_agent_outlives_a_runtime_that_is_killed(play: Play, known: str) -> N
     assert play.remembers(known)
     assert logs(play.shared.get(known), "session")[-1]["metadata"]["opened"] == "load"
     assert play.shared.runtime_pid != killed
+
+
+def test_check_tells_what_the_agent_can(play: Play) -> None:
+    """`agents check` starts it, and says that it answers and loads its sessions."""
+    folder = play.shared.folder
+    check = ("gateway", "agents", "check", "agent", "--servers", str(folder / "servers.toml"))
+    ended = command(folder, *check, limit_seconds=_PATIENCE_SECONDS)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert play.agent.version in ended.stdout
+    assert "It loads earlier sessions" in ended.stdout
