@@ -276,6 +276,7 @@ def test_agent_is_cancelled_and_goes_on(play: Play, known: str) -> None:
     assert cancelled["run"]["status"] == "cancelled"
     assert play.remembers(known)
     assert play.agents() == agents
+    assert list(play.processes()) == agents
 
 
 def test_agent_that_is_killed_is_a_failed_turn(play: Play, known: str) -> None:

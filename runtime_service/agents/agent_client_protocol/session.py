@@ -56,6 +56,7 @@ class Session:
         self._opened: NewSessionResponse | None = None
         self._turn: Inbox | None = None
         self._prompting: asyncio.Task[Any] | None = None
+        self._terminals_before: set[str] = set()
         self.is_broken = False
         self.is_open = False
         self.on_lost: Callable[[], None] | None = None
@@ -192,6 +193,7 @@ class Session:
         blocks = [TextContentBlock(type="text", text=text) for text in texts]
         prompting = asyncio.create_task(self._connection.prompt(session_id=self.id, prompt=blocks))
         self._prompting = prompting
+        self._terminals_before = self._client.terminals.ids
         prompting.add_done_callback(turn.wake)
         failure: AgentError | None = None
         try:
@@ -236,6 +238,8 @@ class Session:
             async with asyncio.timeout(self._options.cancel_seconds):
                 await self._connection.cancel(session_id=self.id)
                 await asyncio.wait([prompting])
+                # Not every agent ends the command that it was waiting for.
+                await self._client.terminals.release_all_but(self._terminals_before)
         except (TimeoutError, ConnectionError):
             return False
         return self.is_alive and prompting.exception() is None
