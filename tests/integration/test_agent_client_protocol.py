@@ -988,6 +988,28 @@ def test_flood_leaves_memory_flat(play: Callable[[Check], None]) -> None:
     play(check)
 
 
+def test_flood_that_nobody_reads_stays_with_the_agent(play: Callable[[Check], None]) -> None:
+    """It is held up by its pipe, before it has said a tenth of it."""
+
+    async def check(stage: Stage) -> None:
+        agent = stage.agent("obedient")
+        await stage.turn(agent, "x")
+        (process,) = agent_processes()
+        written: list[int] = []
+
+        def is_still() -> bool:
+            written.append(process.io_counters().write_chars)
+            return written[-50:] == [written[-1]] * 50
+
+        steps = json.dumps([{"do": "flood", "count": 100_000}])
+        async with aclosing(agent.run(TurnContext(input=steps, metadata={}, run_id="run_1", turn=2))) as outputs:
+            await anext(outputs)
+            await eventually(is_still)
+        assert written[-1] - written[0] < 1 << 20
+
+    play(check)
+
+
 def test_registry_knows_the_kind(tmp_path: Path) -> None:
     """A server of servers.toml is such an agent."""
     path = tmp_path / "servers.toml"
