@@ -2,11 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from acp import PROTOCOL_VERSION, RequestError
 from acp.client import ClientSideConnection
@@ -37,6 +37,8 @@ from runtime_service.agents.child_process import ChildProcess
 _EXIT_SECONDS = 1.0
 _END_SECONDS = 2.0
 _DISTRIBUTION = "acp-gateway"
+
+_T = TypeVar("_T")
 
 
 class Session:
@@ -228,6 +230,16 @@ class Session:
         finally:
             self._turn = self._client.turn = None
             turn.leave()
+
+    async def unless_ended(self, asked: Coroutine[Any, Any, _T]) -> _T | None:
+        """Return what comes of `asked` while a prompt is under way; None where that ends first, as by a crash."""
+        assert self._prompting is not None, "a prompt asks"
+        asking = asyncio.create_task(asked)
+        try:
+            await asyncio.wait([asking, self._prompting], return_when=asyncio.FIRST_COMPLETED)
+            return asking.result() if asking.done() else None
+        finally:
+            asking.cancel()
 
     async def cancel(self) -> bool:
         """Tell the agent to stop; return whether it did in time, and can go on with another prompt."""
