@@ -38,6 +38,7 @@ run: $(VENV)/.run ## Install, then start the gateway and the runtime service (Ct
 	@exec $(BIN)/acp-gateway up
 
 test: $(VENV)/.test ## Install what the tests need and run all of them
+	@$(BIN)/python -m tests.acceptance.real_agents
 	$(BIN)/python -m pytest
 
 check: $(VENV)/.check ## What CI runs: format, lint, types, generated code, contract, tests

@@ -27,7 +27,7 @@ AGENT_KINDS: dict[str, str] = {
     "openai": "runtime_service.agents.openai:OpenAIAgent",
     "local": "runtime_service.agents.local:LocalAgent",
     "agent_client_protocol": "runtime_service.agents.agent_client_protocol.agent:AgentClientProtocolAgent",
-    "a2a": "runtime_service.agents.a2a:A2AAgent",
+    "a2a": "runtime_service.agents.a2a.agent:A2AAgent",
 }
 """Each kind of agent that is built in, and its class, imported when a server names it."""
 

@@ -192,7 +192,9 @@ def clean_environment(more: Mapping[str, str] = {}) -> dict[str, str]:
     return {**environment, "PYTHONPATH": os.pathsep.join(paths), **more}
 
 
-def command(folder: Path, *arguments: str, environment: Mapping[str, str] = {}) -> "subprocess.CompletedProcess[str]":
+def command(
+    folder: Path, *arguments: str, environment: Mapping[str, str] = {}, limit_seconds: float = LIMIT_SECONDS
+) -> "subprocess.CompletedProcess[str]":
     """Run a command to its end."""
     return subprocess.run(
         [sys.executable, "-m", *arguments],
@@ -201,7 +203,7 @@ def command(folder: Path, *arguments: str, environment: Mapping[str, str] = {}) 
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=LIMIT_SECONDS,
+        timeout=limit_seconds,
         check=False,
     )
 
@@ -285,6 +287,14 @@ class Up:
         found = until(ended, f"the end of {path}")
         assert found is not None
         return found
+
+    def documents(self, path: str, body: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+        """What a stream says, as it comes; it is posted to where there is a body."""
+        method = "GET" if body is None else "POST"
+        with self.http.stream(method, path, json=body, headers={"Accept": "text/event-stream"}) as answer:
+            for line in answer.iter_lines():
+                if line.startswith("data: "):
+                    yield json.loads(line.removeprefix("data: "))
 
     def until_said(self, path: str, text: str) -> None:
         """Return once the run's log, or the text in the making, says this."""

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
@@ -21,15 +20,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """Both programs over the built-in servers."""
     with up(tmp_path_factory.mktemp("model"), "--drain-seconds", "1", servers=None) as started:
         yield started
-
-
-def documents_of(shared: Up, path: str, body: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """What a stream says, as it comes."""
-    method = "GET" if body is None else "POST"
-    with shared.http.stream(method, path, json=body, headers={"Accept": "text/event-stream"}) as answer:
-        for line in answer.iter_lines():
-            if line.startswith("data: "):
-                yield json.loads(line.removeprefix("data: "))
 
 
 def test_model_answers_a_sync_start(shared: Up) -> None:
@@ -47,7 +37,7 @@ def test_model_answers_a_sync_start(shared: Up) -> None:
 
 def test_model_streams_its_tokens(shared: Up) -> None:
     """An SSE start brings the text in many deltas, before the event that holds it whole."""
-    documents = list(documents_of(shared, "/v1/servers/assistant/runs", {"content": HELLO}))
+    documents = list(shared.documents("/v1/servers/assistant/runs", {"content": HELLO}))
     assert documents[-1]["type"] == "stream.completed"
     deltas = [document for document in documents if document["type"] == "run.delta"]
     text = ""
@@ -76,7 +66,7 @@ def test_model_is_told_the_history(shared: Up) -> None:
 def test_model_is_stopped_by_a_cancel(shared: Up) -> None:
     """A cancel in the middle of the text ends the run; what was said by then is kept; the model answers the next."""
     path = shared.start_async("assistant", LONG)
-    for document in documents_of(shared, path + "/events", None):
+    for document in shared.documents(path + "/events", None):
         if document["type"] == "run.delta":
             cancelled = shared.http.post(path + "/cancel", json={}).json()
             assert cancelled["run"]["status"] == "cancelled"
@@ -101,7 +91,7 @@ def test_model_answers_through_a_bound_resource(shared: Up) -> None:
     assert run_path == f"{path}/{document['run']['id']}"
     continued = shared.http.post(run_path + "/input", json={"prompt": HELLO, "mode": "async"})
     assert continued.status_code == 202
-    last = list(documents_of(shared, run_path + "/events", None))[-1]
+    last = list(shared.documents(run_path + "/events", None))[-1]
     assert (last["type"], last["run"]["status"]) == ("stream.completed", "completed")
     assert shared.http.get(path).json()["runs"][0]["id"] == document["run"]["id"]
     assert shared.http.post(run_path + "/cancel").json()["run"]["status"] == "completed"
@@ -137,7 +127,7 @@ def test_model_is_loaded_again_after_a_kill(shared: Up) -> None:
 def test_model_ends_with_the_programs(shared: Up) -> None:
     """SIGTERM ends the model's process, too, in the middle of its work, and leaves nothing behind."""
     path = shared.start_async("assistant", LONG)
-    next(document for document in documents_of(shared, path + "/events", None) if document["type"] == "run.delta")
+    next(document for document in shared.documents(path + "/events", None) if document["type"] == "run.delta")
     pids = [shared.pid, *children(shared.pid)]
     assert len(pids) == 3
     begun = time.monotonic()

@@ -25,8 +25,8 @@ from runtime_service.agents import (
     Message,
     TurnContext,
 )
-from runtime_service.agents.a2a import A2AAgent
-from runtime_service.agents.a2a_options import A2AOptions
+from runtime_service.agents.a2a.agent import A2AAgent
+from runtime_service.agents.a2a.options import A2AOptions
 from runtime_service.registry import Server
 from runtime_service.runs import LogLevel, Run, RunStatus
 from tests.a2a_server import Remote, Script, serving

@@ -14,9 +14,11 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from runtime_service.agents import AgentError, Delta, Log, Message, TurnContext, a2a_connection, a2a_conversation
-from runtime_service.agents.a2a import A2AAgent
-from runtime_service.agents.a2a_options import A2AOptions
+from runtime_service.agents import AgentError, Delta, Log, Message, TurnContext
+from runtime_service.agents.a2a import connection as a2a_connection
+from runtime_service.agents.a2a import conversation as a2a_conversation
+from runtime_service.agents.a2a.agent import A2AAgent
+from runtime_service.agents.a2a.options import A2AOptions
 from tests.support import GivenSurroundings, run_async
 
 SECRET = "very-secret-of-the-tests"
@@ -590,7 +592,7 @@ def test_a2a_options_refuse_what_cannot_work(options: dict[str, object]) -> None
 def test_a2a_agent_imports_the_library_when_it_is_needed() -> None:
     """A service pays for it with the first turn, not at its start."""
     code = (
-        "import sys; from runtime_service.agents.a2a import A2AAgent as A; A(A.Options('http://a.example'));"
+        "import sys; from runtime_service.agents.a2a.agent import A2AAgent as A; A(A.Options('http://a.example'));"
         "assert not {'a2a', 'httpx', 'pydantic'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

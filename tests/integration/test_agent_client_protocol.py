@@ -374,5 +374,6 @@ def test_check_tells_that_a_login_is_needed(play: Play) -> None:
         (missing,) = found
         assert not missing.works
         assert missing.text.endswith("(AGENT_LOGIN_REQUIRED)")
+        assert list(stage.folder.glob("work/*")) == []
 
     play(check)

@@ -16,8 +16,8 @@ from a2a.types import (
 from a2a.types import Message as RemoteMessage
 
 from runtime_service.agents import AgentOutput, Delta, Log, Message
-from runtime_service.agents.a2a_options import A2AOptions
-from runtime_service.agents.a2a_updates import Updates
+from runtime_service.agents.a2a.options import A2AOptions
+from runtime_service.agents.a2a.updates import Updates
 
 URL = "http://a.example"
 WORKING, ASKING = TaskState.TASK_STATE_WORKING, TaskState.TASK_STATE_INPUT_REQUIRED

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import secrets
 import sys
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping
@@ -22,6 +23,8 @@ log = logging.getLogger(__name__)
 
 _SESSION_LOG = "session"
 _MAX_HISTORY_CHARACTERS = 100_000
+_STARTS_AT_ONCE = 8 * (os.cpu_count() or 1)
+"""So many processes of a server start beside each other; more would slow down each of them beyond its time."""
 
 
 class AgentClientProtocolAgent(Agent):
@@ -41,6 +44,7 @@ class AgentClientProtocolAgent(Agent):
         self._runs: dict[str, _Run] = {}
         self._warm: list[asyncio.Task[Session | None]] = []
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._starts = asyncio.Semaphore(_STARTS_AT_ONCE)
         self._closed = False
 
     def unavailable_reason(self) -> str | None:
@@ -78,9 +82,9 @@ class AgentClientProtocolAgent(Agent):
             async with aclosing(session.prompt(texts)) as said:
                 async for each in said:
                     if isinstance(each, Question):
-                        each.answer(
-                            await turn.ask(each.text, each.options, tool_kind=each.tool_kind, metadata=each.metadata)
-                        )
+                        asked = turn.ask(each.text, each.options, tool_kind=each.tool_kind, metadata=each.metadata)
+                        if (answer := await session.unless_ended(asked)) is not None:
+                            each.answer(answer)
                     else:
                         yield each
         finally:
@@ -93,7 +97,7 @@ class AgentClientProtocolAgent(Agent):
         try:
             await self._open(run, path, {})
         except BaseException:
-            await asyncio.wait([self._spawn(self._end(run))])
+            await asyncio.wait([self._spawn(self._discard(run))])
             raise
         session, run.session = run.session, None
         assert session is not None
@@ -138,7 +142,7 @@ class AgentClientProtocolAgent(Agent):
     async def _open(self, run: "_Run", path: Path, known: Mapping[str, Any]) -> str:
         """Give the run a process with an open session, an earlier one where it is known; return how it was opened."""
         try:
-            async with asyncio.timeout(self._options.start_seconds):
+            async with self._starts, asyncio.timeout(self._options.start_seconds):
                 directory = run.directory = await self._directory(path)
                 if known.get("createdWorkingDirectory") is True and known.get("workingDirectory") == str(path):
                     directory.created = True
@@ -209,7 +213,7 @@ class AgentClientProtocolAgent(Agent):
         """Return an initialized process, None where that fails: the turn that needs one will tell why."""
         session = None
         try:
-            async with asyncio.timeout(self._options.start_seconds):
+            async with self._starts, asyncio.timeout(self._options.start_seconds):
                 cwd = (await self._directory(self._options.common_directory())).path
                 session = await Session.launch(self._options, cwd)
                 await session.initialize()
@@ -267,6 +271,12 @@ class AgentClientProtocolAgent(Agent):
             await asyncio.wait([before])
         await self._end(run)
         if run.directory is not None and self._options.remove_working_directory:
+            await asyncio.to_thread(run.directory.remove)
+
+    async def _discard(self, run: "_Run") -> None:
+        """Leave nothing of a session that is no run's."""
+        await self._end(run)
+        if run.directory is not None:
             await asyncio.to_thread(run.directory.remove)
 
     async def _end(self, run: "_Run") -> None:

@@ -2,11 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from acp import PROTOCOL_VERSION, RequestError
 from acp.client import ClientSideConnection
@@ -38,6 +38,8 @@ _EXIT_SECONDS = 1.0
 _END_SECONDS = 2.0
 _DISTRIBUTION = "acp-gateway"
 
+_T = TypeVar("_T")
+
 
 class Session:
     """`start`, then `open` or `reopen`, then one `prompt` after the other, at last `end`.
@@ -56,6 +58,7 @@ class Session:
         self._opened: NewSessionResponse | None = None
         self._turn: Inbox | None = None
         self._prompting: asyncio.Task[Any] | None = None
+        self._terminals_before: set[str] = set()
         self.is_broken = False
         self.is_open = False
         self.on_lost: Callable[[], None] | None = None
@@ -192,6 +195,7 @@ class Session:
         blocks = [TextContentBlock(type="text", text=text) for text in texts]
         prompting = asyncio.create_task(self._connection.prompt(session_id=self.id, prompt=blocks))
         self._prompting = prompting
+        self._terminals_before = self._client.terminals.ids
         prompting.add_done_callback(turn.wake)
         failure: AgentError | None = None
         try:
@@ -227,6 +231,16 @@ class Session:
             self._turn = self._client.turn = None
             turn.leave()
 
+    async def unless_ended(self, asked: Coroutine[Any, Any, _T]) -> _T | None:
+        """Return what comes of `asked` while a prompt is under way; None where that ends first, as by a crash."""
+        assert self._prompting is not None, "a prompt asks"
+        asking = asyncio.create_task(asked)
+        try:
+            await asyncio.wait([asking, self._prompting], return_when=asyncio.FIRST_COMPLETED)
+            return asking.result() if asking.done() else None
+        finally:
+            asking.cancel()
+
     async def cancel(self) -> bool:
         """Tell the agent to stop; return whether it did in time, and can go on with another prompt."""
         prompting = self._prompting
@@ -236,6 +250,8 @@ class Session:
             async with asyncio.timeout(self._options.cancel_seconds):
                 await self._connection.cancel(session_id=self.id)
                 await asyncio.wait([prompting])
+                # Not every agent ends the command that it was waiting for.
+                await self._client.terminals.release_all_but(self._terminals_before)
         except (TimeoutError, ConnectionError):
             return False
         return self.is_alive and prompting.exception() is None

@@ -121,6 +121,17 @@ class Terminals:
         if len(self._remembered) > _MAX_REMEMBERED:
             del self._remembered[next(iter(self._remembered))]
 
+    @property
+    def ids(self) -> set[str]:
+        """The terminals that are there."""
+        return set(self._terminals)
+
+    async def release_all_but(self, kept: set[str]) -> None:
+        """End and forget the terminals that the agent has left, but for some."""
+        left = [self.release(terminal_id) for terminal_id in self._terminals if terminal_id not in kept]
+        # The agent may release one at the same time.
+        await asyncio.gather(*left, return_exceptions=True)
+
     def output_of(self, terminal_id: str) -> str | None:
         """Return the end of what a terminal has written, also of one that was released lately."""
         if (terminal := self._terminals.get(terminal_id)) is not None:

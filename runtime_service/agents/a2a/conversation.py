@@ -13,10 +13,10 @@ from typing import Any
 
 from a2a.types import StreamResponse
 
-from runtime_service.agents.a2a_connection import Connection
-from runtime_service.agents.a2a_failures import StreamCut, TaskUnknown
-from runtime_service.agents.a2a_options import A2AOptions
-from runtime_service.agents.a2a_updates import TASK_LOG, TaskCanceled, Updates
+from runtime_service.agents.a2a.connection import Connection
+from runtime_service.agents.a2a.failures import StreamCut, TaskUnknown
+from runtime_service.agents.a2a.options import A2AOptions
+from runtime_service.agents.a2a.updates import TASK_LOG, TaskCanceled, Updates
 from runtime_service.agents.base import AgentError, AgentSays, Log, TurnContext
 from runtime_service.runs import LogLevel
 

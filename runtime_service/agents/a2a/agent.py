@@ -5,11 +5,11 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
-from runtime_service.agents.a2a_options import A2AOptions
+from runtime_service.agents.a2a.options import A2AOptions
 from runtime_service.agents.base import Agent, AgentError, AgentSays, Finding, TurnContext
 
 if TYPE_CHECKING:
-    from runtime_service.agents.a2a_connection import Connection
+    from runtime_service.agents.a2a.connection import Connection
 
 
 class A2AAgent(Agent):
@@ -48,7 +48,7 @@ class A2AAgent(Agent):
         if reason := self.unavailable_reason():
             raise AgentError(reason, "AGENT_UNAVAILABLE")
         connection = await self._connect()
-        from runtime_service.agents.a2a_conversation import converse
+        from runtime_service.agents.a2a.conversation import converse
 
         async with aclosing(converse(connection, self._options, turn)) as outputs:
             async for said in outputs:
@@ -69,7 +69,7 @@ class A2AAgent(Agent):
 
 
 def _make_connection(options: A2AOptions) -> "Connection":
-    from runtime_service.agents import a2a_conversation  # noqa: F401 - the first turn is to find it imported
-    from runtime_service.agents.a2a_connection import Connection
+    from runtime_service.agents.a2a import conversation  # noqa: F401 - the first turn is to find it imported
+    from runtime_service.agents.a2a.connection import Connection
 
     return Connection(options)

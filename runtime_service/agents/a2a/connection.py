@@ -26,8 +26,8 @@ from a2a.types import (
     Task,
 )
 
-from runtime_service.agents.a2a_failures import StreamCut, TaskUnknown, TooLarge, cut, failure_of, silent
-from runtime_service.agents.a2a_options import A2AOptions
+from runtime_service.agents.a2a.failures import StreamCut, TaskUnknown, TooLarge, cut, failure_of, silent
+from runtime_service.agents.a2a.options import A2AOptions
 from runtime_service.agents.base import AgentError
 
 log = logging.getLogger(__name__)

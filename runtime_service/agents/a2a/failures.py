@@ -18,7 +18,7 @@ from a2a.utils.errors import (
     UnsupportedOperationError,
 )
 
-from runtime_service.agents.a2a_options import A2AOptions
+from runtime_service.agents.a2a.options import A2AOptions
 from runtime_service.agents.base import AgentError
 
 _REFUSALS = (

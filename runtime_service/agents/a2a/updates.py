@@ -12,8 +12,8 @@ from a2a.types import Artifact, StreamResponse, TaskState, TaskStatus
 from a2a.types import Message as RemoteMessage
 from a2a.types import Part as RemotePart
 
-from runtime_service.agents.a2a_options import A2AOptions
-from runtime_service.agents.a2a_parts import (
+from runtime_service.agents.a2a.options import A2AOptions
+from runtime_service.agents.a2a.parts import (
     MAX_NAME_CHARACTERS,
     described,
     other_than_text,
