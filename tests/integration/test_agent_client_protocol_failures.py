@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from runtime_service.agents import (
+    AgentError,
     AgentOutput,
     Answer,
     Delta,
@@ -71,14 +72,18 @@ def test_cancel_that_is_not_obeyed_ends_the_process(play: Play, step: dict[str, 
     play(check)
 
 
+class Waiting(GivenSurroundings):
+    """A caller who never answers."""
+
+    async def ask(self, *question: Any) -> Answer:
+        """Wait for ever."""
+        self.asked.append(question)
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
 def test_cancel_answers_an_open_question(play: Play) -> None:
     """As cancelled, so that the agent can end its turn."""
-
-    class Waiting(GivenSurroundings):
-        async def ask(self, *question: Any) -> Answer:
-            self.asked.append(question)
-            await asyncio.Event().wait()
-            raise AssertionError
 
     async def check(stage: Stage) -> None:
         agent = stage.agent("obedient")
@@ -90,6 +95,40 @@ def test_cancel_answers_an_open_question(play: Play) -> None:
         with pytest.raises(asyncio.CancelledError):
             await turn
         assert text_of(await stage.turn(agent, [tell("pid")], turn=2)) == str(pid)
+
+    play(check)
+
+
+def test_agent_that_dies_while_it_asks_fails_its_turn(play: Play) -> None:
+    """At once: an answer would be of no use."""
+
+    async def check(stage: Stage) -> None:
+        surroundings = Waiting()
+        turn = asyncio.create_task(stage.turn(stage.agent("obedient"), [{"do": "permission"}], surroundings))
+        await eventually(lambda: surroundings.asked)
+        (process,) = agent_processes()
+        process.kill()
+        with pytest.raises(AgentError) as caught:
+            await turn
+        assert caught.value.code == "AGENT_CRASHED"
+
+    play(check)
+
+
+def test_starts_at_once_are_limited(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait, and their time to start has not begun yet."""
+    monkeypatch.setattr("runtime_service.agents.agent_client_protocol.agent._STARTS_AT_ONCE", 1)
+
+    async def check(stage: Stage) -> None:
+        agent = stage.agent("obedient")
+        turns = [asyncio.create_task(stage.turn(agent, "hello", run_id=f"run_{number}")) for number in range(3)]
+        most = 0
+        while not all(turn.done() for turn in turns):
+            starting = [run for run in agent._runs.values() if run.session is not None and not run.session.is_open]
+            most = max(most, len(starting))
+            await asyncio.sleep(0.005)
+        assert most == 1
+        assert [text_of(turn.result()) for turn in turns] == ["hello"] * 3
 
     play(check)
 
