@@ -139,6 +139,13 @@ def time_limit_event(sequence: int, options: Sequence[Option], answer: Answer, t
     return EventDraft(EventRole.EXECUTION_LOG, content, now_ms(), DECISION, LogLevel.WARN, metadata)
 
 
+def withdrawal_event(sequence: int) -> EventDraft:
+    """Return the event that closes a question for whose answer the agent does not wait any more."""
+    content = "The agent does not wait for an answer any more."
+    metadata = msgspec.json.encode({"question": sequence, "by": "agent"})
+    return EventDraft(EventRole.EXECUTION_LOG, content, now_ms(), DECISION, LogLevel.INFO, metadata)
+
+
 def _outcome(options: Sequence[Option], answer: Answer) -> str:
     chosen = next((option for option in options if option.id == answer.option), None)
     return "Allowed" if chosen is not None and chosen.kind in _ALLOWING else "Denied"

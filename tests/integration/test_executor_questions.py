@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from runtime_service import execution
 from runtime_service.agents import (
     Agent,
     AgentError,
@@ -21,16 +22,16 @@ from runtime_service.agents import (
     OptionKind,
     TurnContext,
 )
-from runtime_service.errors import InvalidRequest, QuestionAnswered, RunServiceError
+from runtime_service.errors import InvalidRequest, QuestionAnswered, RunServiceError, StoreUnavailable
 from runtime_service.event_log import FollowOptions
 from runtime_service.executor import ExecutorLimits
 from runtime_service.live_run import Update
 from runtime_service.questions import QuestionSettings
 from runtime_service.runs import TERMINAL, EventRole, Run, RunStatus
-from runtime_service.store.base import NewTurn
+from runtime_service.store.base import Change, NewTurn, TurnLost
 from runtime_service.validation import checked_request
 from tests.stores import Stores
-from tests.support import Runtime, ScriptedAgent, contents, log_of, next_turn, run_async, runtime
+from tests.support import Runtime, ScriptedAgent, contents, eventually, log_of, next_turn, run_async, runtime
 
 ALLOW = Option("yes", "Allow", OptionKind.ALLOW_ONCE)
 REJECT = Option("no", "Reject", OptionKind.REJECT_ONCE)
@@ -368,6 +369,181 @@ def test_question_ends_with_its_turn(tmp_path: Path) -> None:
         assert told == ["TURN_ENDED"]
 
     playing(tmp_path / "runs.db", leaves_a_question, check)
+
+
+@pytest.mark.parametrize("when", ["open", "in flight"])
+def test_question_that_its_agent_gives_up_is_withdrawn(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """The log says so; the run asks no longer, and what comes then is input."""
+    give_up, end = asyncio.Event(), asyncio.Event()
+
+    async def gives_up(turn: TurnContext) -> AsyncGenerator[AgentSays]:
+        asking = asyncio.create_task(turn.ask("May I?", [ALLOW, REJECT]))
+        await give_up.wait()
+        asking.cancel()
+        await asyncio.wait([asking])
+        await end.wait()
+        yield Message(f"done, {asking.cancelled()}")
+
+    async def check(there: Runtime) -> None:
+        if when == "in flight":
+            ask_question = there.store.ask_question
+
+            async def ask_and_be_given_up(*arguments: Any) -> Change:
+                change = await ask_question(*arguments)
+                give_up.set()
+                for _ in range(5):  # until the agent has given up, in the loop's next turns
+                    await asyncio.sleep(0)
+                return change
+
+            monkeypatch.setattr(there.store, "ask_question", ask_and_be_given_up)
+            run = await there.start()
+        else:
+            run = await until_asking(there, await there.start())
+            give_up.set()
+
+        async def withdrawn() -> bool:
+            return contents(await log_of(there.store, run.id))[1:] == [
+                "May I?",
+                "The agent does not wait for an answer any more.",
+            ]
+
+        await there.until(withdrawn)
+        decision = (await log_of(there.store, run.id))[2]
+        assert decision.log_type == "permission_decision"
+        assert json.loads(decision.metadata or b"") == {"question": 2, "by": "agent"}
+        assert not (await there.get(run)).is_asking
+        assert (await there.resume(run, "more")).turn.number == 2
+        end.set()
+        assert (await there.until_status(run, RunStatus.COMPLETED, turn=1)).turn.output == "done, True"
+
+    playing(stores, gives_up, check)
+
+
+def test_question_behind_one_that_was_given_up_unstored_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the store refuses the first one only when the second one waits already; the first is forgotten."""
+    monkeypatch.setattr(execution, "RETRY_SECONDS", 0.01)
+    refused = asyncio.Event()
+
+    async def asks_twice(turn: TurnContext) -> AsyncGenerator[AgentSays]:
+        first = asyncio.create_task(turn.ask("First?"))
+        await refused.wait()
+        first.cancel()
+        answer = await turn.ask("Second?")
+        yield Message(f"{answer.text}")
+
+    async def check(there: Runtime) -> None:
+        ask_question = there.store.ask_question
+
+        async def refuse_once(*arguments: Any) -> Change:
+            if refused.is_set():
+                return await ask_question(*arguments)
+            refused.set()
+            for _ in range(5):  # until the second one waits
+                await asyncio.sleep(0)
+            raise StoreUnavailable("away")
+
+        monkeypatch.setattr(there.store, "ask_question", refuse_once)
+        run = await until_asking(there, await there.start())
+        assert contents(await log_of(there.store, run.id)) == ["hello", "Second?"]
+        await there.resume(run, "yes")
+        assert (await there.until_status(run, RunStatus.COMPLETED)).turn.output == "yes"
+
+    playing(tmp_path / "runs.db", asks_twice, check)
+
+
+@pytest.mark.parametrize("error", [TurnLost(), StoreUnavailable("away"), None])
+def test_question_that_is_being_stored_when_its_turn_ends_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    """Whatever becomes of the write; a blocking agent would wait for ever otherwise, and its thread with it."""
+    told: list[asyncio.Task[Answer]] = []
+    asked, end = asyncio.Event(), asyncio.Event()
+
+    async def asks_elsewhere(turn: TurnContext) -> AsyncGenerator[AgentSays]:
+        told.append(asyncio.create_task(turn.ask("May I?")))
+        await asyncio.Event().wait()
+        yield Message("never")
+
+    async def check(there: Runtime) -> None:
+        ask_question = there.store.ask_question
+
+        async def ask_late(*arguments: Any) -> Change:
+            asked.set()
+            await end.wait()
+            if error is not None:
+                raise error
+            return await ask_question(*arguments)
+
+        monkeypatch.setattr(there.store, "ask_question", ask_late)
+        run = await there.start()
+        await asked.wait()
+        await there.cancel(run)
+        end.set()
+        await asyncio.wait(told)
+        refusal = told[0].exception()
+        assert isinstance(refusal, AgentError)
+        assert refusal.code == "TURN_ENDED"
+        assert contents(await log_of(there.store, run.id)) == ["hello", "The run was cancelled."]
+
+    playing(tmp_path / "runs.db", asks_elsewhere, check)
+
+
+def test_agent_that_was_left_behind_asks_nobody(tmp_path: Path) -> None:
+    """It goes on after its cancel, and is told that its turn has ended."""
+    told: list[str] = []
+
+    async def stays(turn: TurnContext) -> AsyncGenerator[AgentSays]:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            try:
+                await turn.ask("May I stay?")
+            except AgentError as error:
+                told.append(error.code)
+        yield Message("never")
+
+    async def check(there: Runtime) -> None:
+        run = await there.start()
+        await there.until_status(run, RunStatus.RUNNING)
+        await there.cancel(run)
+        await eventually(lambda: told == ["TURN_ENDED"])
+
+    playing(tmp_path / "runs.db", stays, check, limits=ExecutorLimits(cancel_grace_seconds=60))
+
+
+def test_followers_of_a_queued_turn_see_the_question_before_it(stores: Stores) -> None:
+    """The run asks, whichever of its turns is followed; and does no longer once that is answered."""
+    go = asyncio.Event()
+
+    async def asks_later(turn: TurnContext) -> AsyncGenerator[AgentSays]:
+        if turn.turn == 1:
+            await go.wait()
+            await turn.ask("May I?", [ALLOW])
+            await asyncio.Event().wait()
+        yield Message("never")
+
+    async def check(there: Runtime) -> None:
+        run = await there.start()
+        second = await there.resume(run, "second")
+        told: list[tuple[RunStatus, bool]] = []
+
+        async def follow() -> None:
+            async for update in there.event_log.follow(second, 0, FollowOptions(turn=2)):
+                told.extend([(run.status, run.is_asking) for run in [update.run] if run is not None])
+
+        following = asyncio.create_task(follow())
+        await eventually(lambda: told == [(RunStatus.QUEUED, False)])
+        go.set()
+        await eventually(lambda: told[1:] == [(RunStatus.QUEUED, True)])
+        await there.resume(run, "yes")
+        await eventually(lambda: told[2:] == [(RunStatus.QUEUED, False)])
+        following.cancel()
+
+    playing(stores, asks_later, check)
 
 
 def test_latest_log_is_what_the_agent_said_in_an_earlier_turn(stores: Stores) -> None:
