@@ -58,10 +58,13 @@ def _first(options: Sequence[Option], kinds: Sequence[OptionKind]) -> str | None
 
 
 def choices(options: Sequence[Option]) -> tuple[tuple[str, str], ...]:
-    """Return ids and names of options as they are stored. Raises AgentError for what is too much."""
+    """Return ids and names of options as they are stored, and compared: without blanks around them.
+
+    Raises AgentError for what is too much.
+    """
     if len(options) > _MAX_OPTIONS:
         raise AgentError(f"The agent asks with more than {_MAX_OPTIONS} options.", "QUESTION_INVALID")
-    stored = tuple([(storable(option.id), storable(option.name)) for option in options])
+    stored = tuple([(storable(option.id).strip(), storable(option.name).strip()) for option in options])
     if any(len(text) > _MAX_OPTION_CHARACTERS for option in stored for text in option):
         raise AgentError(
             f"The agent asks with an option of more than {_MAX_OPTION_CHARACTERS} characters.", "QUESTION_INVALID"
