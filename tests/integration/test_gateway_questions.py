@@ -139,7 +139,7 @@ def test_key_makes_an_answer_safe_to_repeat(tmp_path: Path) -> None:
             other = await stack.call("POST", path, {"content": "reject"}, headers=key)
             assert (first.status, again.status, other.status) == (202, 202, 422)
             assert again.headers["Idempotency-Replayed"] == "true"
-            assert again.events[-1] == first.events[-1]
+            assert again.events == first.events
             assert (await answer(stack, run, "Ada")).run["output"] == "allow Ada"
 
     run_async(main())
