@@ -123,10 +123,9 @@ class Asking:
 
     def _withdraw(self, sequence: int) -> None:
         """Close a question for whose answer nobody waits, while its turn goes on: it would take the caller's input."""
-        if not self._closed:
-            task = asyncio.create_task(self._close_question(sequence))
-            self._withdrawing.add(task)
-            task.add_done_callback(self._withdrawing.discard)
+        task = asyncio.create_task(self._close_question(sequence))
+        self._withdrawing.add(task)
+        task.add_done_callback(self._withdrawing.discard)
 
     async def _close_question(self, sequence: int) -> None:
         while not self._closed:

@@ -2,13 +2,13 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from runtime_service import execution
+from runtime_service import asking, execution
 from runtime_service.agents import (
     Agent,
     AgentError,
@@ -26,12 +26,22 @@ from runtime_service.errors import InvalidRequest, QuestionAnswered, RunServiceE
 from runtime_service.event_log import FollowOptions
 from runtime_service.executor import ExecutorLimits
 from runtime_service.live_run import Update
-from runtime_service.questions import QuestionSettings
-from runtime_service.runs import TERMINAL, EventRole, Run, RunStatus
-from runtime_service.store.base import Change, NewTurn, TurnLost
+from runtime_service.questions import QuestionSettings, answer_event
+from runtime_service.runs import TERMINAL, EventDraft, EventRole, Run, RunEvent, RunStatus
+from runtime_service.store.base import Change, NewAnswer, NewTurn, TurnKey, TurnLost
 from runtime_service.validation import checked_request
 from tests.stores import Stores
-from tests.support import Runtime, ScriptedAgent, contents, eventually, log_of, next_turn, run_async, runtime
+from tests.support import (
+    LIMIT_SECONDS,
+    Runtime,
+    ScriptedAgent,
+    contents,
+    eventually,
+    log_of,
+    next_turn,
+    run_async,
+    runtime,
+)
 
 ALLOW = Option("yes", "Allow", OptionKind.ALLOW_ONCE)
 REJECT = Option("no", "Reject", OptionKind.REJECT_ONCE)
@@ -215,6 +225,85 @@ def test_free_question_without_an_answer_is_told_so(stores: Stores) -> None:
     playing(stores, asks_freely, check, SOON)
 
 
+def test_answer_that_is_first_by_a_hair_counts(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time limit finds the question answered, and the agent gets the answer."""
+
+    async def check(there: Runtime) -> None:
+        answer_question = there.store.answer_question
+
+        async def answer_late(answer: NewAnswer) -> Change:
+            if answer.event.role is EventRole.EXECUTION_LOG and (await there.get(run)).is_asking:
+                await there.resume(run, "yes")
+            return await answer_question(answer)
+
+        monkeypatch.setattr(there.store, "answer_question", answer_late)
+        run = await there.start()
+        assert (await there.until_status(run, RunStatus.COMPLETED)).turn.output == "half yes by caller"
+
+    playing(stores, asks, check, SOON)
+
+
+def test_answer_that_is_read_late_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store was away until the time was over; what it had taken before is what holds."""
+    monkeypatch.setattr(asking, "RETRY_SECONDS", 0.01)
+    looks = iter(range(20))
+
+    async def check(there: Runtime) -> None:
+        read_latest_log = there.store.read_latest_log
+
+        async def read(run_id: str, log_type: str) -> RunEvent | None:
+            if next(looks, None) is not None:
+                raise StoreUnavailable("away")
+            return await read_latest_log(run_id, log_type)
+
+        monkeypatch.setattr(there.store, "read_latest_log", read)
+        run = await until_asking(there, await there.start())
+        await there.resume(run, "yes")
+        assert (await there.until_status(run, RunStatus.COMPLETED)).turn.output == "half yes by caller"
+        assert next(looks, None) is None
+
+    playing(tmp_path / "runs.db", asks, check, QuestionSettings(timeout_seconds=0.1))
+
+
+def test_answer_of_which_nobody_tells_is_found(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Now and then the store is looked at all the same."""
+    monkeypatch.setattr(asking, "_LOOK_SECONDS", 0.01)
+
+    async def check(there: Runtime) -> None:
+        run = await until_asking(there, await there.start())
+        assert run.question is not None
+        event = answer_event(run.question, next_turn(run, "yes"))
+        await there.store.answer_question(
+            NewAnswer(run.organization, run.server_id, run.id, run.question.sequence, event)
+        )
+        assert (await there.until_status(run, RunStatus.COMPLETED)).turn.output == "half yes by caller"
+
+    playing(stores, asks, check)
+
+
+def test_store_is_read_once_for_each_word_of_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for an answer looks when there is something new, not all the time."""
+    looks: list[str] = []
+
+    async def check(there: Runtime) -> None:
+        read_latest_log = there.store.read_latest_log
+
+        async def read(run_id: str, log_type: str) -> RunEvent | None:
+            looks.append(log_type)
+            return await read_latest_log(run_id, log_type)
+
+        monkeypatch.setattr(there.store, "read_latest_log", read)
+        run = await until_asking(there, await there.start())
+        for number in (1, 2):
+            there.executor.runs_changed([run.id])
+            await eventually(lambda number=number: len(looks) == number)  # type: ignore[misc]
+            for _ in range(10):
+                await there.get(run)
+            assert len(looks) == number
+
+    playing(tmp_path / "runs.db", asks, check)
+
+
 def test_settings_decide_without_the_caller(stores: Stores) -> None:
     """In order with what the agent says; no question is open at any time."""
 
@@ -343,8 +432,9 @@ def test_option_ids_come_back_as_the_agent_gave_them(tmp_path: Path) -> None:
     playing(tmp_path / "runs.db", asks_oddly, check)
 
 
-def test_question_ends_with_its_turn(tmp_path: Path) -> None:
-    """Who still waits for the answer is told; nobody waits for ever."""
+def test_question_ends_with_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who still waits for the answer is told at once; nobody waits for ever."""
+    monkeypatch.setattr(asking, "_LOOK_SECONDS", 10 * LIMIT_SECONDS)
     told: list[object] = []
     waiting: list[asyncio.Task[None]] = []
 
@@ -379,12 +469,12 @@ def test_question_that_its_agent_gives_up_is_withdrawn(
     give_up, end = asyncio.Event(), asyncio.Event()
 
     async def gives_up(turn: TurnContext) -> AsyncGenerator[AgentSays]:
-        asking = asyncio.create_task(turn.ask("May I?", [ALLOW, REJECT]))
+        question = asyncio.create_task(turn.ask("May I?", [ALLOW, REJECT]))
         await give_up.wait()
-        asking.cancel()
-        await asyncio.wait([asking])
+        question.cancel()
+        await asyncio.wait([question])
         await end.wait()
-        yield Message(f"done, {asking.cancelled()}")
+        yield Message(f"done, {question.cancelled()}")
 
     async def check(there: Runtime) -> None:
         if when == "in flight":
@@ -409,6 +499,15 @@ def test_question_that_its_agent_gives_up_is_withdrawn(
                 "The agent does not wait for an answer any more.",
             ]
 
+        if when == "open":
+            answer_question = there.store.answer_question
+
+            async def refuse_once(answer: NewAnswer) -> Change:
+                monkeypatch.setattr(there.store, "answer_question", answer_question)
+                raise StoreUnavailable("away")
+
+            monkeypatch.setattr(asking, "RETRY_SECONDS", 0.01)
+            monkeypatch.setattr(there.store, "answer_question", refuse_once)
         await there.until(withdrawn)
         decision = (await log_of(there.store, run.id))[2]
         assert decision.log_type == "permission_decision"
@@ -419,6 +518,40 @@ def test_question_that_its_agent_gives_up_is_withdrawn(
         assert (await there.until_status(run, RunStatus.COMPLETED, turn=1)).turn.output == "done, True"
 
     playing(stores, gives_up, check)
+
+
+@pytest.mark.parametrize("said", [[], ["said"]])
+def test_question_that_is_given_up_at_once_is_never_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    """Neither with what the agent says nor without; and nothing is written in its place."""
+    written: list[int] = []
+
+    async def gives_up(turn: TurnContext) -> AsyncGenerator[AgentSays]:
+        question = asyncio.create_task(turn.ask("May I?"))
+        await asyncio.sleep(0)
+        question.cancel()
+        for text in said:
+            yield Log(text)
+        await asyncio.wait([question])
+        for _ in range(5):
+            await asyncio.sleep(0)
+        yield Message("done")
+
+    async def check(there: Runtime) -> None:
+        append_events = there.store.append_events
+
+        async def append(key: TurnKey, events: Sequence[EventDraft]) -> Change:
+            written.append(len(events))
+            return await append_events(key, events)
+
+        monkeypatch.setattr(there.store, "append_events", append)
+        run = await there.start()
+        await there.until_status(run, RunStatus.COMPLETED)
+        assert contents(await log_of(there.store, run.id)) == ["hello", *said, "done"]
+        assert written == [1] * len(said)
+
+    playing(tmp_path / "runs.db", gives_up, check)
 
 
 def test_question_behind_one_that_was_given_up_unstored_is_asked(
@@ -490,6 +623,50 @@ def test_question_that_is_being_stored_when_its_turn_ends_is_told_so(
         assert contents(await log_of(there.store, run.id)) == ["hello", "The run was cancelled."]
 
     playing(tmp_path / "runs.db", asks_elsewhere, check)
+
+
+def test_question_of_a_turn_that_others_have_taken_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also before its agent has ended, which may wait for just that."""
+    told: list[asyncio.Task[Answer]] = []
+
+    async def waits_for_its_question(turn: TurnContext) -> AsyncGenerator[AgentSays]:
+        told.append(asyncio.create_task(turn.ask("May I?")))
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.wait(told)
+        yield Message("never")
+
+    async def lose(*_: object) -> Change:
+        raise TurnLost
+
+    async def check(there: Runtime) -> None:
+        monkeypatch.setattr(there.store, "ask_question", lose)
+        await there.start()
+        await eventually(lambda: bool(told) and told[0].done())
+        assert isinstance(told[0].exception(), AgentError)
+
+    playing(tmp_path / "runs.db", waits_for_its_question, check)
+
+
+def test_question_is_asked_once_the_store_is_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what the agent had said before, once."""
+    monkeypatch.setattr(execution, "RETRY_SECONDS", 0.01)
+
+    async def check(there: Runtime) -> None:
+        ask_question = there.store.ask_question
+
+        async def refuse_once(*_: object) -> Change:
+            monkeypatch.setattr(there.store, "ask_question", ask_question)
+            raise StoreUnavailable("away")
+
+        monkeypatch.setattr(there.store, "ask_question", refuse_once)
+        run = await until_asking(there, await there.start())
+        assert contents(await log_of(there.store, run.id)) == ["hello", "before", "May I?"]
+        await there.resume(run, "yes")
+        assert (await there.until_status(run, RunStatus.COMPLETED)).turn.output == "half yes by caller"
+
+    playing(tmp_path / "runs.db", asks, check)
 
 
 def test_agent_that_was_left_behind_asks_nobody(tmp_path: Path) -> None:

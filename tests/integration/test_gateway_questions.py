@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.integration.stack import Answer, Stack, runs, serving, until
-from tests.support import run_async
+from tests.integration.wire import Wire
+from tests.support import eventually, run_async
 
 RUNS = runs("asking")
 
@@ -141,6 +142,26 @@ def test_key_makes_an_answer_safe_to_repeat(tmp_path: Path) -> None:
             assert again.headers["Idempotency-Replayed"] == "true"
             assert again.events == first.events
             assert (await answer(stack, run, "Ada")).run["output"] == "allow Ada"
+
+    run_async(main())
+
+
+def test_answer_sees_no_cut(tmp_path: Path) -> None:
+    """Taken, and nobody told: asked for again, it is given once, and answered with what came behind it."""
+    wire = Wire()
+
+    async def main() -> None:
+        async with serving(tmp_path, wire=wire) as stack:
+            run = (await stack.start("asking", "go")).run["id"]
+            for given, behind in (("allow", "What is your name?"), ("Ada", "allow Ada")):
+                swallowed = wire.swallowed
+                wire.swallow(answers_only=True)
+                asking = asyncio.create_task(answer(stack, run, given))
+                await eventually(lambda before=swallowed: wire.swallowed > before)  # type: ignore[misc]
+                wire.cut()
+                answered = await asking
+                assert [event["content"] for event in answered.events] == [given, behind]
+                assert "Idempotency-Replayed" not in answered.headers
 
     run_async(main())
 
