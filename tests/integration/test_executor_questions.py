@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from runtime_service import asking, execution
 from runtime_service.agents import (
@@ -25,10 +26,10 @@ from runtime_service.agents import (
 from runtime_service.errors import InvalidRequest, QuestionAnswered, RunServiceError, StoreUnavailable
 from runtime_service.event_log import FollowOptions
 from runtime_service.executor import ExecutorLimits
-from runtime_service.live_run import Update
+from runtime_service.live_run import LiveRun, Update
 from runtime_service.questions import QuestionSettings, answer_event
-from runtime_service.runs import TERMINAL, EventDraft, EventRole, Run, RunEvent, RunStatus
-from runtime_service.store.base import Change, NewAnswer, NewTurn, TurnKey, TurnLost
+from runtime_service.runs import TERMINAL, EventDraft, EventRole, Question, Run, RunEvent, RunStatus
+from runtime_service.store.base import Change, NewAnswer, NewTurn, TurnKey, TurnLost, accepted_run
 from runtime_service.validation import checked_request
 from tests.stores import Stores
 from tests.support import (
@@ -38,6 +39,7 @@ from tests.support import (
     contents,
     eventually,
     log_of,
+    new_run,
     next_turn,
     run_async,
     runtime,
@@ -46,6 +48,12 @@ from tests.support import (
 ALLOW = Option("yes", "Allow", OptionKind.ALLOW_ONCE)
 REJECT = Option("no", "Reject", OptionKind.REJECT_ONCE)
 SOON = QuestionSettings(timeout_seconds=0.05)
+
+
+@pytest.fixture(autouse=True)
+def looks_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is told is not what is found by looking now and then."""
+    monkeypatch.setattr(asking, "_LOOK_SECONDS", 10 * LIMIT_SECONDS)
 
 
 async def asks(turn: TurnContext) -> AsyncGenerator[AgentSays]:
@@ -356,7 +364,13 @@ def test_cancel_ends_a_question(stores: Stores) -> None:
 
 
 def test_full_queue_refuses_input_but_no_answer(stores: Stores) -> None:
-    """An answer needs no room."""
+    """An answer needs no room; what comes behind it does."""
+    held = asyncio.Event()
+
+    async def asks_and_stays(turn: TurnContext) -> AsyncGenerator[AgentSays]:
+        async for said in asks(turn):
+            yield said
+        await held.wait()
 
     async def check(there: Runtime) -> None:
         run = await until_asking(there, await there.start())
@@ -364,9 +378,13 @@ def test_full_queue_refuses_input_but_no_answer(stores: Stores) -> None:
         with pytest.raises(RunServiceError, match="waiting already"):
             await there.start("too much")
         await there.resume(run, "yes")
+        for late in ("yes", "perhaps"):
+            with pytest.raises(RunServiceError, match="waiting already"):
+                await there.resume(run, late)
+        held.set()
         assert (await there.until_status(run, RunStatus.COMPLETED, turn=1)).turn.output == "half yes by caller"
 
-    playing(stores, asks, check, limits=ExecutorLimits(max_turns=1, max_queued=1, cancel_grace_seconds=0.05))
+    playing(stores, asks_and_stays, check, limits=ExecutorLimits(max_turns=1, max_queued=1, cancel_grace_seconds=0.05))
 
 
 def test_followers_see_the_question_and_a_collector_is_answered_at_once(stores: Stores) -> None:
@@ -432,9 +450,8 @@ def test_option_ids_come_back_as_the_agent_gave_them(tmp_path: Path) -> None:
     playing(tmp_path / "runs.db", asks_oddly, check)
 
 
-def test_question_ends_with_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_question_ends_with_its_turn(tmp_path: Path) -> None:
     """Who still waits for the answer is told at once; nobody waits for ever."""
-    monkeypatch.setattr(asking, "_LOOK_SECONDS", 10 * LIMIT_SECONDS)
     told: list[object] = []
     waiting: list[asyncio.Task[None]] = []
 
@@ -721,6 +738,51 @@ def test_followers_of_a_queued_turn_see_the_question_before_it(stores: Stores) -
         following.cancel()
 
     playing(stores, asks_later, check)
+
+
+def test_collector_of_a_queued_turn_waits_for_that(stores: Stores) -> None:
+    """What is asked before it is not its own."""
+    go = asyncio.Event()
+
+    async def asks_first(turn: TurnContext) -> AsyncGenerator[AgentSays]:
+        if turn.turn == 1:
+            await go.wait()
+            await turn.ask("May I?", [ALLOW])
+        yield Message(f"done {turn.turn}")
+
+    async def check(there: Runtime) -> None:
+        run = await there.start()
+        second = await there.resume(run, "second")
+        collected: list[Update] = []
+
+        async def take(update: Update) -> None:
+            collected.append(update)
+
+        collecting = asyncio.create_task(there.event_log.collect(second, second.turn.first_sequence - 1, take))
+        go.set()
+        await until_asking(there, run)
+        await there.resume(run, "yes")
+        await collecting
+        last = collected[-1].run
+        assert last is not None
+        assert (last.status, last.turn.output) == (RunStatus.COMPLETED, "done 2")
+
+    playing(stores, asks_first, check)
+
+
+def test_question_of_a_late_change_is_not_what_a_newer_view_shows() -> None:
+    """It was read from the store behind that change: the question has been answered since."""
+    new = new_run()
+    first = replace(accepted_run(new, claim=True), last_turn=2, last_sequence=3, question=Question(3))
+    second = replace(first, turn=replace(first.turn, number=2, status=RunStatus.QUEUED), question=None)
+    answered = replace(second, last_sequence=4, question=Question(3, is_open=False))
+    live = LiveRun()
+    live.show(2, answered)
+    live.publish(Change(first))
+    assert live.view(2) == answered
+    live.show(3, second)
+    live.publish(Change(first))
+    assert live.view(3) == replace(second, question=first.question)
 
 
 def test_latest_log_is_what_the_agent_said_in_an_earlier_turn(stores: Stores) -> None:

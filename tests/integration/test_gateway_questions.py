@@ -146,6 +146,23 @@ def test_key_makes_an_answer_safe_to_repeat(tmp_path: Path) -> None:
     run_async(main())
 
 
+def test_key_of_an_input_that_was_no_answer_shows_all_of_its_turn(tmp_path: Path) -> None:
+    """Also where an answer in that turn had the same words."""
+
+    async def main() -> None:
+        async with serving(tmp_path) as stack:
+            run = (await stack.start("asking", "go")).run["id"]
+            await stack.call("POST", f"{RUNS}/{run}/cancel")
+            path, key = f"{RUNS}/{run}/input", {"Idempotency-Key": "once"}
+            first = await stack.call("POST", path, {"content": "allow"}, headers=key)
+            assert [event["content"] for event in first.events] == ["allow", "Delete a.txt?"]
+            second = await answer(stack, run, "allow")
+            again = await stack.call("POST", path, {"content": "allow"}, headers=key)
+            assert again.events == first.events + second.events
+
+    run_async(main())
+
+
 def test_answer_sees_no_cut(tmp_path: Path) -> None:
     """Taken, and nobody told: asked for again, it is given once, and answered with what came behind it."""
     wire = Wire()
