@@ -48,7 +48,7 @@ def fill_run(message: pb.Run, run: Run, session_protocol: str) -> None:
     message.input = turn.input
     message.session_protocol = session_protocol
     message.turn_first_sequence = turn.first_sequence
-    if run.question is not None and run.question.is_open:
+    if run.question is not None and _asks(run):
         message.question_sequence = run.question.sequence
     if run.title:
         message.title = run.title
@@ -67,8 +67,7 @@ def fill_run(message: pb.Run, run: Run, session_protocol: str) -> None:
 def fill_thread(message: pb.Thread, run: Run) -> None:
     """Put the run's thread into an empty message."""
     message.id = run.thread_id
-    asks = run.is_asking and run.turn.status not in TERMINAL
-    message.status = pb.THREAD_STATUS_PERMISSION_ASKED if asks else _THREAD_STATUS[run.turn.status]
+    message.status = pb.THREAD_STATUS_PERMISSION_ASKED if _asks(run) else _THREAD_STATUS[run.turn.status]
     message.message_count = run.message_count
     message.created_at_unix_ms = run.created_at_ms
     message.updated_at_unix_ms = run.updated_at_ms
@@ -76,6 +75,11 @@ def fill_thread(message: pb.Thread, run: Run) -> None:
         message.title = run.title
     if run.thread_metadata:
         message.metadata_json = run.thread_metadata
+
+
+def _asks(run: Run) -> bool:
+    """Return whether the run is shown as one that asks; an earlier turn that is over does not."""
+    return run.is_asking and run.turn.status not in TERMINAL
 
 
 def fill_state(message: _HasState, run: Run, session_protocol: str) -> None:

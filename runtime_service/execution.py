@@ -123,6 +123,7 @@ class Execution:
 
     def _stop_listening(self) -> tuple[list[EventDraft], str | None]:
         self._lost = True
+        self._asking.close()
         self._wake_held()
         return self._speech.take_all()
 
@@ -348,12 +349,13 @@ class Execution:
                     continue
                 speech.stored()
                 self._publish(change)
-                if asked is not None and not asked.stored.done():
-                    asked.stored.set_result(change.events[-1].sequence)
+                if asked is not None:
+                    self._asking.stored(asked, change.events[-1].sequence)
         except TurnLost:
             if not self._lost:
                 # Another process has taken the turn: the agent need not be at work until it says more.
                 self._lost = True
+                self._asking.close()
                 self._live.doubt()
                 if self._task is not None:
                     self._task.cancel()

@@ -125,8 +125,10 @@ class LiveRun:
         self.show(run.turn.number, run)
         if run.turn.number == run.last_turn:
             self.show(0, run)
-        elif (latest := self._views.get(0)) is not None and latest.question != run.question:
-            self._views[0] = replace(latest, question=run.question)
+        for number, view in self._views.items():
+            # The question is the run's, whichever turn is shown.
+            if view.question != run.question and view.last_sequence <= run.last_sequence:
+                self._views[number] = replace(view, question=run.question)
         self.last_sequence = max(self.last_sequence, run.last_sequence)
         self._add_to_tail(change.events)
         for woken in self._followers:

@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from typing import NamedTuple, TypeAlias
 
+from msgspec.structs import replace
+
 from protos.acp.runs.v1 import run_pb2 as pb
 from protos.acp.runs.v1 import run_service_pb2 as rpc
 from runtime_service.convert import add_events, fill_run, fill_state, fill_thread, fill_update, run_mode, run_status
@@ -18,7 +20,7 @@ from runtime_service.live_run import Update
 from runtime_service.peers import Peers
 from runtime_service.registry import Registry, Server
 from runtime_service.runs import TERMINAL, Run, RunMode, RunStatus, new_run_id, now_ms
-from runtime_service.store.base import Cancel, Change, NewRun, NewTurn, RunStore
+from runtime_service.store.base import PERMISSION_RESPONSE, Cancel, Change, NewRun, NewTurn, RunStore
 from runtime_service.validation import RequestLimits, checked_input, checked_metadata, checked_request, checked_title
 
 _MAX_PAGE = 200
@@ -110,6 +112,8 @@ class Operations:
         wait_seconds = _wait_seconds(request.stream.wait_ms, "stream.wait_ms")
         with self._event_log.held(new.run_id):
             change = await self._executor.continue_run(new, server)
+            if change.replayed and change.run.turn.input != text:
+                change = await self._replayed_answer(change, text)
             await self._follow_turn(change, server, new.mode, request.stream, wait_seconds, send)
 
     async def watch_run(
@@ -216,6 +220,17 @@ class Operations:
         else:
             options = FollowOptions(run.turn.number, stream.deltas, wait_seconds)
             await self._follow(run, server, after, options, send)
+
+    async def _replayed_answer(self, change: Change, text: str) -> Change:
+        """Give the event of an answer, the first of such words in its turn, to the change that shows it again."""
+        run = change.run
+        after = run.turn.first_sequence
+        while events := await self._store.read_events(run.id, after, _PAGE_EVENTS, _PAGE_BYTES):
+            for event in events:
+                if (event.turn, event.log_type, event.content) == (run.turn.number, PERMISSION_RESPONSE, text):
+                    return replace(change, events=(event,))
+            after = events[-1].sequence
+        return change
 
     async def _follow(self, run: Run, server: Server, after: int, options: FollowOptions, send: Send) -> None:
         async with aclosing(self._event_log.follow(run, after, options)) as updates:

@@ -58,10 +58,13 @@ def _first(options: Sequence[Option], kinds: Sequence[OptionKind]) -> str | None
 
 
 def choices(options: Sequence[Option]) -> tuple[tuple[str, str], ...]:
-    """Return ids and names of options as they are stored. Raises AgentError for what is too much."""
+    """Return ids and names of options as they are stored, and compared: without blanks around them.
+
+    Raises AgentError for what is too much.
+    """
     if len(options) > _MAX_OPTIONS:
         raise AgentError(f"The agent asks with more than {_MAX_OPTIONS} options.", "QUESTION_INVALID")
-    stored = tuple([(storable(option.id), storable(option.name)) for option in options])
+    stored = tuple([(storable(option.id).strip(), storable(option.name).strip()) for option in options])
     if any(len(text) > _MAX_OPTION_CHARACTERS for option in stored for text in option):
         raise AgentError(
             f"The agent asks with an option of more than {_MAX_OPTION_CHARACTERS} characters.", "QUESTION_INVALID"
@@ -137,6 +140,13 @@ def time_limit_event(sequence: int, options: Sequence[Option], answer: Answer, t
     content = f"Nobody answered within {timeout_seconds:g} s{outcome}."
     metadata = msgspec.json.encode(_decision(answer, {"question": sequence}))
     return EventDraft(EventRole.EXECUTION_LOG, content, now_ms(), DECISION, LogLevel.WARN, metadata)
+
+
+def withdrawal_event(sequence: int) -> EventDraft:
+    """Return the event that closes a question for whose answer the agent does not wait any more."""
+    content = "The agent does not wait for an answer any more."
+    metadata = msgspec.json.encode({"question": sequence, "by": "agent"})
+    return EventDraft(EventRole.EXECUTION_LOG, content, now_ms(), DECISION, LogLevel.INFO, metadata)
 
 
 def _outcome(options: Sequence[Option], answer: Answer) -> str:

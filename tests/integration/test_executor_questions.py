@@ -2,12 +2,14 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
+from runtime_service import asking, execution
 from runtime_service.agents import (
     Agent,
     AgentError,
@@ -21,20 +23,37 @@ from runtime_service.agents import (
     OptionKind,
     TurnContext,
 )
-from runtime_service.errors import InvalidRequest, QuestionAnswered, RunServiceError
+from runtime_service.errors import InvalidRequest, QuestionAnswered, RunServiceError, StoreUnavailable
 from runtime_service.event_log import FollowOptions
 from runtime_service.executor import ExecutorLimits
-from runtime_service.live_run import Update
-from runtime_service.questions import QuestionSettings
-from runtime_service.runs import TERMINAL, EventRole, Run, RunStatus
-from runtime_service.store.base import NewTurn
+from runtime_service.live_run import LiveRun, Update
+from runtime_service.questions import QuestionSettings, answer_event
+from runtime_service.runs import TERMINAL, EventDraft, EventRole, Question, Run, RunEvent, RunStatus
+from runtime_service.store.base import Change, NewAnswer, NewTurn, TurnKey, TurnLost, accepted_run
 from runtime_service.validation import checked_request
 from tests.stores import Stores
-from tests.support import Runtime, ScriptedAgent, contents, log_of, next_turn, run_async, runtime
+from tests.support import (
+    LIMIT_SECONDS,
+    Runtime,
+    ScriptedAgent,
+    contents,
+    eventually,
+    log_of,
+    new_run,
+    next_turn,
+    run_async,
+    runtime,
+)
 
 ALLOW = Option("yes", "Allow", OptionKind.ALLOW_ONCE)
 REJECT = Option("no", "Reject", OptionKind.REJECT_ONCE)
 SOON = QuestionSettings(timeout_seconds=0.05)
+
+
+@pytest.fixture(autouse=True)
+def looks_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is told is not what is found by looking now and then."""
+    monkeypatch.setattr(asking, "_LOOK_SECONDS", 10 * LIMIT_SECONDS)
 
 
 async def asks(turn: TurnContext) -> AsyncGenerator[AgentSays]:
@@ -214,6 +233,85 @@ def test_free_question_without_an_answer_is_told_so(stores: Stores) -> None:
     playing(stores, asks_freely, check, SOON)
 
 
+def test_answer_that_is_first_by_a_hair_counts(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time limit finds the question answered, and the agent gets the answer."""
+
+    async def check(there: Runtime) -> None:
+        answer_question = there.store.answer_question
+
+        async def answer_late(answer: NewAnswer) -> Change:
+            if answer.event.role is EventRole.EXECUTION_LOG and (await there.get(run)).is_asking:
+                await there.resume(run, "yes")
+            return await answer_question(answer)
+
+        monkeypatch.setattr(there.store, "answer_question", answer_late)
+        run = await there.start()
+        assert (await there.until_status(run, RunStatus.COMPLETED)).turn.output == "half yes by caller"
+
+    playing(stores, asks, check, SOON)
+
+
+def test_answer_that_is_read_late_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store was away until the time was over; what it had taken before is what holds."""
+    monkeypatch.setattr(asking, "RETRY_SECONDS", 0.01)
+    looks = iter(range(20))
+
+    async def check(there: Runtime) -> None:
+        read_latest_log = there.store.read_latest_log
+
+        async def read(run_id: str, log_type: str) -> RunEvent | None:
+            if next(looks, None) is not None:
+                raise StoreUnavailable("away")
+            return await read_latest_log(run_id, log_type)
+
+        monkeypatch.setattr(there.store, "read_latest_log", read)
+        run = await until_asking(there, await there.start())
+        await there.resume(run, "yes")
+        assert (await there.until_status(run, RunStatus.COMPLETED)).turn.output == "half yes by caller"
+        assert next(looks, None) is None
+
+    playing(tmp_path / "runs.db", asks, check, QuestionSettings(timeout_seconds=0.1))
+
+
+def test_answer_of_which_nobody_tells_is_found(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Now and then the store is looked at all the same."""
+    monkeypatch.setattr(asking, "_LOOK_SECONDS", 0.01)
+
+    async def check(there: Runtime) -> None:
+        run = await until_asking(there, await there.start())
+        assert run.question is not None
+        event = answer_event(run.question, next_turn(run, "yes"))
+        await there.store.answer_question(
+            NewAnswer(run.organization, run.server_id, run.id, run.question.sequence, event)
+        )
+        assert (await there.until_status(run, RunStatus.COMPLETED)).turn.output == "half yes by caller"
+
+    playing(stores, asks, check)
+
+
+def test_store_is_read_once_for_each_word_of_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for an answer looks when there is something new, not all the time."""
+    looks: list[str] = []
+
+    async def check(there: Runtime) -> None:
+        read_latest_log = there.store.read_latest_log
+
+        async def read(run_id: str, log_type: str) -> RunEvent | None:
+            looks.append(log_type)
+            return await read_latest_log(run_id, log_type)
+
+        monkeypatch.setattr(there.store, "read_latest_log", read)
+        run = await until_asking(there, await there.start())
+        for number in (1, 2):
+            there.executor.runs_changed([run.id])
+            await eventually(lambda number=number: len(looks) == number)  # type: ignore[misc]
+            for _ in range(10):
+                await there.get(run)
+            assert len(looks) == number
+
+    playing(tmp_path / "runs.db", asks, check)
+
+
 def test_settings_decide_without_the_caller(stores: Stores) -> None:
     """In order with what the agent says; no question is open at any time."""
 
@@ -266,7 +364,13 @@ def test_cancel_ends_a_question(stores: Stores) -> None:
 
 
 def test_full_queue_refuses_input_but_no_answer(stores: Stores) -> None:
-    """An answer needs no room."""
+    """An answer needs no room; what comes behind it does."""
+    held = asyncio.Event()
+
+    async def asks_and_stays(turn: TurnContext) -> AsyncGenerator[AgentSays]:
+        async for said in asks(turn):
+            yield said
+        await held.wait()
 
     async def check(there: Runtime) -> None:
         run = await until_asking(there, await there.start())
@@ -274,9 +378,13 @@ def test_full_queue_refuses_input_but_no_answer(stores: Stores) -> None:
         with pytest.raises(RunServiceError, match="waiting already"):
             await there.start("too much")
         await there.resume(run, "yes")
+        for late in ("yes", "perhaps"):
+            with pytest.raises(RunServiceError, match="waiting already"):
+                await there.resume(run, late)
+        held.set()
         assert (await there.until_status(run, RunStatus.COMPLETED, turn=1)).turn.output == "half yes by caller"
 
-    playing(stores, asks, check, limits=ExecutorLimits(max_turns=1, max_queued=1, cancel_grace_seconds=0.05))
+    playing(stores, asks_and_stays, check, limits=ExecutorLimits(max_turns=1, max_queued=1, cancel_grace_seconds=0.05))
 
 
 def test_followers_see_the_question_and_a_collector_is_answered_at_once(stores: Stores) -> None:
@@ -343,7 +451,7 @@ def test_option_ids_come_back_as_the_agent_gave_them(tmp_path: Path) -> None:
 
 
 def test_question_ends_with_its_turn(tmp_path: Path) -> None:
-    """Who still waits for the answer is told; nobody waits for ever."""
+    """Who still waits for the answer is told at once; nobody waits for ever."""
     told: list[object] = []
     waiting: list[asyncio.Task[None]] = []
 
@@ -368,6 +476,313 @@ def test_question_ends_with_its_turn(tmp_path: Path) -> None:
         assert told == ["TURN_ENDED"]
 
     playing(tmp_path / "runs.db", leaves_a_question, check)
+
+
+@pytest.mark.parametrize("when", ["open", "in flight"])
+def test_question_that_its_agent_gives_up_is_withdrawn(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """The log says so; the run asks no longer, and what comes then is input."""
+    give_up, end = asyncio.Event(), asyncio.Event()
+
+    async def gives_up(turn: TurnContext) -> AsyncGenerator[AgentSays]:
+        question = asyncio.create_task(turn.ask("May I?", [ALLOW, REJECT]))
+        await give_up.wait()
+        question.cancel()
+        await asyncio.wait([question])
+        await end.wait()
+        yield Message(f"done, {question.cancelled()}")
+
+    async def check(there: Runtime) -> None:
+        if when == "in flight":
+            ask_question = there.store.ask_question
+
+            async def ask_and_be_given_up(*arguments: Any) -> Change:
+                change = await ask_question(*arguments)
+                give_up.set()
+                for _ in range(5):  # until the agent has given up, in the loop's next turns
+                    await asyncio.sleep(0)
+                return change
+
+            monkeypatch.setattr(there.store, "ask_question", ask_and_be_given_up)
+            run = await there.start()
+        else:
+            run = await until_asking(there, await there.start())
+            give_up.set()
+
+        async def withdrawn() -> bool:
+            return contents(await log_of(there.store, run.id))[1:] == [
+                "May I?",
+                "The agent does not wait for an answer any more.",
+            ]
+
+        if when == "open":
+            answer_question = there.store.answer_question
+
+            async def refuse_once(answer: NewAnswer) -> Change:
+                monkeypatch.setattr(there.store, "answer_question", answer_question)
+                raise StoreUnavailable("away")
+
+            monkeypatch.setattr(asking, "RETRY_SECONDS", 0.01)
+            monkeypatch.setattr(there.store, "answer_question", refuse_once)
+        await there.until(withdrawn)
+        decision = (await log_of(there.store, run.id))[2]
+        assert decision.log_type == "permission_decision"
+        assert json.loads(decision.metadata or b"") == {"question": 2, "by": "agent"}
+        assert not (await there.get(run)).is_asking
+        assert (await there.resume(run, "more")).turn.number == 2
+        end.set()
+        assert (await there.until_status(run, RunStatus.COMPLETED, turn=1)).turn.output == "done, True"
+
+    playing(stores, gives_up, check)
+
+
+@pytest.mark.parametrize("said", [[], ["said"]])
+def test_question_that_is_given_up_at_once_is_never_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    """Neither with what the agent says nor without; and nothing is written in its place."""
+    written: list[int] = []
+
+    async def gives_up(turn: TurnContext) -> AsyncGenerator[AgentSays]:
+        question = asyncio.create_task(turn.ask("May I?"))
+        await asyncio.sleep(0)
+        question.cancel()
+        for text in said:
+            yield Log(text)
+        await asyncio.wait([question])
+        for _ in range(5):
+            await asyncio.sleep(0)
+        yield Message("done")
+
+    async def check(there: Runtime) -> None:
+        append_events = there.store.append_events
+
+        async def append(key: TurnKey, events: Sequence[EventDraft]) -> Change:
+            written.append(len(events))
+            return await append_events(key, events)
+
+        monkeypatch.setattr(there.store, "append_events", append)
+        run = await there.start()
+        await there.until_status(run, RunStatus.COMPLETED)
+        assert contents(await log_of(there.store, run.id)) == ["hello", *said, "done"]
+        assert written == [1] * len(said)
+
+    playing(tmp_path / "runs.db", gives_up, check)
+
+
+def test_question_behind_one_that_was_given_up_unstored_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the store refuses the first one only when the second one waits already; the first is forgotten."""
+    monkeypatch.setattr(execution, "RETRY_SECONDS", 0.01)
+    refused = asyncio.Event()
+
+    async def asks_twice(turn: TurnContext) -> AsyncGenerator[AgentSays]:
+        first = asyncio.create_task(turn.ask("First?"))
+        await refused.wait()
+        first.cancel()
+        answer = await turn.ask("Second?")
+        yield Message(f"{answer.text}")
+
+    async def check(there: Runtime) -> None:
+        ask_question = there.store.ask_question
+
+        async def refuse_once(*arguments: Any) -> Change:
+            if refused.is_set():
+                return await ask_question(*arguments)
+            refused.set()
+            for _ in range(5):  # until the second one waits
+                await asyncio.sleep(0)
+            raise StoreUnavailable("away")
+
+        monkeypatch.setattr(there.store, "ask_question", refuse_once)
+        run = await until_asking(there, await there.start())
+        assert contents(await log_of(there.store, run.id)) == ["hello", "Second?"]
+        await there.resume(run, "yes")
+        assert (await there.until_status(run, RunStatus.COMPLETED)).turn.output == "yes"
+
+    playing(tmp_path / "runs.db", asks_twice, check)
+
+
+@pytest.mark.parametrize("error", [TurnLost(), StoreUnavailable("away"), None])
+def test_question_that_is_being_stored_when_its_turn_ends_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    """Whatever becomes of the write; a blocking agent would wait for ever otherwise, and its thread with it."""
+    told: list[asyncio.Task[Answer]] = []
+    asked, end = asyncio.Event(), asyncio.Event()
+
+    async def asks_elsewhere(turn: TurnContext) -> AsyncGenerator[AgentSays]:
+        told.append(asyncio.create_task(turn.ask("May I?")))
+        await asyncio.Event().wait()
+        yield Message("never")
+
+    async def check(there: Runtime) -> None:
+        ask_question = there.store.ask_question
+
+        async def ask_late(*arguments: Any) -> Change:
+            asked.set()
+            await end.wait()
+            if error is not None:
+                raise error
+            return await ask_question(*arguments)
+
+        monkeypatch.setattr(there.store, "ask_question", ask_late)
+        run = await there.start()
+        await asked.wait()
+        await there.cancel(run)
+        end.set()
+        await asyncio.wait(told)
+        refusal = told[0].exception()
+        assert isinstance(refusal, AgentError)
+        assert refusal.code == "TURN_ENDED"
+        assert contents(await log_of(there.store, run.id)) == ["hello", "The run was cancelled."]
+
+    playing(tmp_path / "runs.db", asks_elsewhere, check)
+
+
+def test_question_of_a_turn_that_others_have_taken_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also before its agent has ended, which may wait for just that."""
+    told: list[asyncio.Task[Answer]] = []
+
+    async def waits_for_its_question(turn: TurnContext) -> AsyncGenerator[AgentSays]:
+        told.append(asyncio.create_task(turn.ask("May I?")))
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.wait(told)
+        yield Message("never")
+
+    async def lose(*_: object) -> Change:
+        raise TurnLost
+
+    async def check(there: Runtime) -> None:
+        monkeypatch.setattr(there.store, "ask_question", lose)
+        await there.start()
+        await eventually(lambda: bool(told) and told[0].done())
+        assert isinstance(told[0].exception(), AgentError)
+
+    playing(tmp_path / "runs.db", waits_for_its_question, check)
+
+
+def test_question_is_asked_once_the_store_is_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what the agent had said before, once."""
+    monkeypatch.setattr(execution, "RETRY_SECONDS", 0.01)
+
+    async def check(there: Runtime) -> None:
+        ask_question = there.store.ask_question
+
+        async def refuse_once(*_: object) -> Change:
+            monkeypatch.setattr(there.store, "ask_question", ask_question)
+            raise StoreUnavailable("away")
+
+        monkeypatch.setattr(there.store, "ask_question", refuse_once)
+        run = await until_asking(there, await there.start())
+        assert contents(await log_of(there.store, run.id)) == ["hello", "before", "May I?"]
+        await there.resume(run, "yes")
+        assert (await there.until_status(run, RunStatus.COMPLETED)).turn.output == "half yes by caller"
+
+    playing(tmp_path / "runs.db", asks, check)
+
+
+def test_agent_that_was_left_behind_asks_nobody(tmp_path: Path) -> None:
+    """It goes on after its cancel, and is told that its turn has ended."""
+    told: list[str] = []
+
+    async def stays(turn: TurnContext) -> AsyncGenerator[AgentSays]:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            try:
+                await turn.ask("May I stay?")
+            except AgentError as error:
+                told.append(error.code)
+        yield Message("never")
+
+    async def check(there: Runtime) -> None:
+        run = await there.start()
+        await there.until_status(run, RunStatus.RUNNING)
+        await there.cancel(run)
+        await eventually(lambda: told == ["TURN_ENDED"])
+
+    playing(tmp_path / "runs.db", stays, check, limits=ExecutorLimits(cancel_grace_seconds=60))
+
+
+def test_followers_of_a_queued_turn_see_the_question_before_it(stores: Stores) -> None:
+    """The run asks, whichever of its turns is followed; and does no longer once that is answered."""
+    go = asyncio.Event()
+
+    async def asks_later(turn: TurnContext) -> AsyncGenerator[AgentSays]:
+        if turn.turn == 1:
+            await go.wait()
+            await turn.ask("May I?", [ALLOW])
+            await asyncio.Event().wait()
+        yield Message("never")
+
+    async def check(there: Runtime) -> None:
+        run = await there.start()
+        second = await there.resume(run, "second")
+        told: list[tuple[RunStatus, bool]] = []
+
+        async def follow() -> None:
+            async for update in there.event_log.follow(second, 0, FollowOptions(turn=2)):
+                told.extend([(run.status, run.is_asking) for run in [update.run] if run is not None])
+
+        following = asyncio.create_task(follow())
+        await eventually(lambda: told == [(RunStatus.QUEUED, False)])
+        go.set()
+        await eventually(lambda: told[1:] == [(RunStatus.QUEUED, True)])
+        await there.resume(run, "yes")
+        await eventually(lambda: told[2:] == [(RunStatus.QUEUED, False)])
+        following.cancel()
+
+    playing(stores, asks_later, check)
+
+
+def test_collector_of_a_queued_turn_waits_for_that(stores: Stores) -> None:
+    """What is asked before it is not its own."""
+    go = asyncio.Event()
+
+    async def asks_first(turn: TurnContext) -> AsyncGenerator[AgentSays]:
+        if turn.turn == 1:
+            await go.wait()
+            await turn.ask("May I?", [ALLOW])
+        yield Message(f"done {turn.turn}")
+
+    async def check(there: Runtime) -> None:
+        run = await there.start()
+        second = await there.resume(run, "second")
+        collected: list[Update] = []
+
+        async def take(update: Update) -> None:
+            collected.append(update)
+
+        collecting = asyncio.create_task(there.event_log.collect(second, second.turn.first_sequence - 1, take))
+        go.set()
+        await until_asking(there, run)
+        await there.resume(run, "yes")
+        await collecting
+        last = collected[-1].run
+        assert last is not None
+        assert (last.status, last.turn.output) == (RunStatus.COMPLETED, "done 2")
+
+    playing(stores, asks_first, check)
+
+
+def test_question_of_a_late_change_is_not_what_a_newer_view_shows() -> None:
+    """It was read from the store behind that change: the question has been answered since."""
+    new = new_run()
+    first = replace(accepted_run(new, claim=True), last_turn=2, last_sequence=3, question=Question(3))
+    second = replace(first, turn=replace(first.turn, number=2, status=RunStatus.QUEUED), question=None)
+    answered = replace(second, last_sequence=4, question=Question(3, is_open=False))
+    live = LiveRun()
+    live.show(2, answered)
+    live.publish(Change(first))
+    assert live.view(2) == answered
+    live.show(3, second)
+    live.publish(Change(first))
+    assert live.view(3) == replace(second, question=first.question)
 
 
 def test_latest_log_is_what_the_agent_said_in_an_earlier_turn(stores: Stores) -> None:

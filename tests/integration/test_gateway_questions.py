@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.integration.stack import Answer, Stack, runs, serving, until
-from tests.support import run_async
+from tests.integration.wire import Wire
+from tests.support import eventually, run_async
 
 RUNS = runs("asking")
 
@@ -139,8 +140,45 @@ def test_key_makes_an_answer_safe_to_repeat(tmp_path: Path) -> None:
             other = await stack.call("POST", path, {"content": "reject"}, headers=key)
             assert (first.status, again.status, other.status) == (202, 202, 422)
             assert again.headers["Idempotency-Replayed"] == "true"
-            assert again.events[-1] == first.events[-1]
+            assert again.events == first.events
             assert (await answer(stack, run, "Ada")).run["output"] == "allow Ada"
+
+    run_async(main())
+
+
+def test_key_of_an_input_that_was_no_answer_shows_all_of_its_turn(tmp_path: Path) -> None:
+    """Also where an answer in that turn had the same words."""
+
+    async def main() -> None:
+        async with serving(tmp_path) as stack:
+            run = (await stack.start("asking", "go")).run["id"]
+            await stack.call("POST", f"{RUNS}/{run}/cancel")
+            path, key = f"{RUNS}/{run}/input", {"Idempotency-Key": "once"}
+            first = await stack.call("POST", path, {"content": "allow"}, headers=key)
+            assert [event["content"] for event in first.events] == ["allow", "Delete a.txt?"]
+            second = await answer(stack, run, "allow")
+            again = await stack.call("POST", path, {"content": "allow"}, headers=key)
+            assert again.events == first.events + second.events
+
+    run_async(main())
+
+
+def test_answer_sees_no_cut(tmp_path: Path) -> None:
+    """Taken, and nobody told: asked for again, it is given once, and answered with what came behind it."""
+    wire = Wire()
+
+    async def main() -> None:
+        async with serving(tmp_path, wire=wire) as stack:
+            run = (await stack.start("asking", "go")).run["id"]
+            for given, behind in (("allow", "What is your name?"), ("Ada", "allow Ada")):
+                swallowed = wire.swallowed
+                wire.swallow(answers_only=True)
+                asking = asyncio.create_task(answer(stack, run, given))
+                await eventually(lambda before=swallowed: wire.swallowed > before)  # type: ignore[misc]
+                wire.cut()
+                answered = await asking
+                assert [event["content"] for event in answered.events] == [given, behind]
+                assert "Idempotency-Replayed" not in answered.headers
 
     run_async(main())
 

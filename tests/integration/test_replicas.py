@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos.acp.runs.v1 import run_pb2 as pb
 from protos.acp.runs.v1 import run_service_pb2 as rpc
+from runtime_service import asking
 from runtime_service import peers as peers_module
 from runtime_service.executor import ExecutorLimits
 from runtime_service.peers import Peers
@@ -171,6 +172,19 @@ def test_question_is_answered_through_another_service(replicas: Replicas) -> Non
         assert contents_of(updates)[-2:] == [way, f"went {way}"]
         assert updates[-1].thread.status == pb.THREAD_STATUS_COMPLETED
         following.cancel()
+
+    replicas.run(check)
+
+
+def test_answer_is_heard_by_the_service_that_asks(replicas: Replicas, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, not when that looks by itself."""
+    monkeypatch.setattr(asking, "_LOOK_SECONDS", 10 * LIMIT_SECONDS)
+
+    async def check(one: Client, other: Client) -> None:
+        collecting = rpc.StreamOptions(collect=True)
+        (asked,) = await one.updates("StartRun", start_request("hi", "asking", stream=collecting))
+        answered = await other.updates("ContinueRun", continue_request(asked.run, "left", stream=collecting))
+        assert contents_of(answered) == ["left", "went left"]
 
     replicas.run(check)
 

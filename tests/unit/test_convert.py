@@ -7,7 +7,7 @@ from protos.acp.runs.v1 import run_pb2 as pb
 from protos.acp.runs.v1 import run_service_pb2 as rpc
 from runtime_service.convert import add_events, fill_run, fill_thread, fill_update, run_mode, run_status
 from runtime_service.live_run import Delta, Update
-from runtime_service.runs import EventRole, LogLevel, Run, RunEvent, RunMode, RunStatus, Turn
+from runtime_service.runs import EventRole, LogLevel, Question, Run, RunEvent, RunMode, RunStatus, Turn
 
 TURN = Turn(
     number=2,
@@ -175,3 +175,15 @@ def test_update_message_says_what_is_new_and_no_more() -> None:
     message = update_message(RUN, Update(delta=Delta(8, 0, "é")), "p")
     assert message.HasField("delta")
     assert message.delta == rpc.ContentDelta(sequence=8, offset=0, text="é")
+
+
+@pytest.mark.parametrize("status", RunStatus)
+def test_run_asks_as_long_as_the_turn_shown_is_not_over(status: RunStatus) -> None:
+    """An earlier turn, which is over, is not shown as asking what a later one asks."""
+    asking = msgspec.structs.replace(at_status(status), question=Question(7))
+    is_open = status in (RunStatus.QUEUED, RunStatus.RUNNING)
+    assert run_message(asking, "").question_sequence == (7 if is_open else 0)
+    assert (thread_message(asking).status == pb.THREAD_STATUS_PERMISSION_ASKED) is is_open
+    answered = msgspec.structs.replace(asking, question=Question(7, is_open=False))
+    assert run_message(answered, "").question_sequence == 0
+    assert thread_message(answered).status != pb.THREAD_STATUS_PERMISSION_ASKED

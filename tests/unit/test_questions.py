@@ -119,6 +119,13 @@ def test_answer_names_an_option_by_id_or_name(text: str) -> None:
     assert answer_of(stored(event)) == Answer(AnsweredBy.CALLER, "once")
 
 
+@pytest.mark.parametrize("text", [" yes ", "yes", "Allow it", "Allow it "])
+def test_option_with_blanks_around_it_can_be_chosen(text: str) -> None:
+    """As what is said is compared without them."""
+    question = Question(4, options=choices([Option(" yes ", "Allow it "), NO]))
+    assert question.option(text) == "yes"
+
+
 def test_answer_that_names_no_option_is_refused_with_those_that_there_are() -> None:
     """The caller reads what would do."""
     with pytest.raises(InvalidRequest) as caught:

@@ -267,8 +267,8 @@ class Run(_message.Message):
     turn_first_sequence: _builtins.int
     """First sequence of the turn: its user event."""
     question_sequence: _builtins.int
-    """Running: the sequence of the event by which the run asks its caller something, while it waits for the answer; its
-    metadata holds the options. 0 otherwise.
+    """The sequence of the event by which the run asks its caller something, while it waits for the answer; its
+    metadata holds the options. 0 otherwise, and where the turn shown is over.
     """
     def __init__(
         self,
