@@ -4,12 +4,16 @@ A caller waits for a write as long as a caller should; the write goes on to its 
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine
+import logging
+import random
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any
 
 from runtime_service.errors import StoreUnavailable
 from runtime_service.store.base import Change
+
+log = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 5.0
 """So long a caller waits for the store."""
@@ -77,3 +81,16 @@ def _pass_on(done: asyncio.Future[Change], told: asyncio.Future[Change]) -> None
         told.set_exception(error)
     else:
         told.set_result(done.result())
+
+
+async def repeat(seconds: float, act: Callable[[], Awaitable[object]]) -> None:
+    """Act a little more often than asked, which leaves time to do it; processes do not stay in step."""
+    while True:
+        await asyncio.sleep(seconds * random.uniform(0.7, 0.9))  # noqa: S311 - no secret
+        try:
+            await act()
+        except StoreUnavailable:
+            continue  # there is a next time
+        except Exception:
+            # Without it, turns would be lost, or stay lost.
+            log.exception("what is done again and again failed; it is tried again")

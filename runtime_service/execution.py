@@ -8,32 +8,21 @@ Knows agents, the store and the event log; not who started it.
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 import msgspec
 
 from runtime_service.agent_events import storable
-from runtime_service.agents import (
-    AgentError,
-    AgentOutput,
-    AgentSays,
-    Answer,
-    Delta,
-    HistoryMessage,
-    Log,
-    Message,
-    Option,
-    TurnContext,
-)
+from runtime_service.agents import AgentError, AgentOutput, AgentSays, Delta, Message, TurnContext
 from runtime_service.asking import Asked, Asking
 from runtime_service.errors import StoreUnavailable
 from runtime_service.live_run import LiveRun
-from runtime_service.questions import decision_log
 from runtime_service.registry import Server
 from runtime_service.runs import EventDraft, LogLevel, Run, RunStatus
 from runtime_service.speech import Speech
 from runtime_service.store.base import RETRY_SECONDS, Change, Outcome, RunStore, TurnKey, TurnLost, log_event
+from runtime_service.surroundings import TurnSurroundings
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +31,6 @@ _MAX_UNSTORED_OUTPUTS = 500
 _MAX_PENDING_BYTES = 1 << 20
 _YIELD_SECONDS = 0.001
 _DRAFT_SECONDS = 1.0
-_HISTORY_MESSAGES = 1_000
 
 
 class Execution:
@@ -196,7 +184,7 @@ class Execution:
             server_id=run.server_id,
             turn=run.turn.number,
             attempt=run.turn.attempt,
-            surroundings=self,
+            surroundings=TurnSurroundings(run, self._store, server.questions, self._asking, self._add),
         )
         self._task = asyncio.current_task()
         try:
@@ -250,33 +238,6 @@ class Execution:
         if speech.draft is not None:
             # An agent that only streams: the end of the turn is the end of its message.
             self._add(Message(speech.draft.text))
-
-    # What surrounds the agent
-
-    async def history(self) -> list[HistoryMessage]:
-        """Return the messages of the earlier turns."""
-        number = self.run.turn.number
-        if number == 1:
-            return []
-        messages = await self._store.read_messages(self.run.id, number, _HISTORY_MESSAGES)
-        return [HistoryMessage(role, content) for role, content in messages]
-
-    async def latest_log(self, log_type: str) -> Log | None:
-        """Return the newest log entry of a type, as far as it is stored."""
-        event = await self._store.read_latest_log(self.run.id, storable(log_type))
-        if event is None:
-            return None
-        metadata = None if event.metadata is None else json.loads(event.metadata)
-        return Log(event.content, event.log_level or LogLevel.INFO, event.log_type, metadata)
-
-    async def ask(
-        self, question: str, options: Sequence[Option], tool_kind: str | None, metadata: Mapping[str, Any] | None
-    ) -> Answer:
-        """Ask the caller, unless the server's settings decide."""
-        if (decided := self._server.questions.decide(options, tool_kind)) is not None:
-            self._add(decision_log(question, options, tool_kind, decided))
-            return decided
-        return await self._asking.ask(question, options, tool_kind, metadata)
 
     def _add(self, output: AgentOutput) -> None:
         if self._lost:

@@ -7,14 +7,13 @@ executed here is held by a lease, which is renewed; what others held and lost is
 
 import asyncio
 import logging
-import random
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
 import msgspec
 
 from runtime_service.admission import Admission
-from runtime_service.errands import PATIENCE_SECONDS, Errands
+from runtime_service.errands import PATIENCE_SECONDS, Errands, repeat
 from runtime_service.errors import AgentUnavailable, CapacityExceeded, Draining, RunServiceError, StoreUnavailable
 from runtime_service.event_log import EventLog
 from runtime_service.execution import Execution
@@ -76,7 +75,7 @@ class Executor:
         await self._sweep()
         limits = self._limits
         self._keeping = [
-            asyncio.create_task(_repeat(seconds, act))
+            asyncio.create_task(repeat(seconds, act))
             for seconds, act in (
                 (limits.heartbeat_seconds, self._store.renew),
                 (limits.sweep_seconds, self._sweep),
@@ -396,16 +395,3 @@ class Executor:
     def _may_repeat(self, server_id: str) -> bool:
         server = self._registry.executor_of(server_id)
         return server is not None and server.may_repeat
-
-
-async def _repeat(seconds: float, act: Callable[[], Awaitable[object]]) -> None:
-    """Act a little more often than asked, which leaves time to do it; processes do not stay in step."""
-    while True:
-        await asyncio.sleep(seconds * random.uniform(0.7, 0.9))  # noqa: S311 - no secret
-        try:
-            await act()
-        except StoreUnavailable:
-            continue  # there is a next time
-        except Exception:
-            # Without it, turns would be lost, or stay lost.
-            log.exception("what is done again and again failed; it is tried again")

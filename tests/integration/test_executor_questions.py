@@ -259,10 +259,10 @@ def test_answer_that_is_read_late_counts(tmp_path: Path, monkeypatch: pytest.Mon
     async def check(there: Runtime) -> None:
         read_latest_log = there.store.read_latest_log
 
-        async def read(run_id: str, log_type: str) -> RunEvent | None:
+        async def read(run_id: str, log_type: str, after: int) -> RunEvent | None:
             if next(looks, None) is not None:
                 raise StoreUnavailable("away")
-            return await read_latest_log(run_id, log_type)
+            return await read_latest_log(run_id, log_type, after)
 
         monkeypatch.setattr(there.store, "read_latest_log", read)
         run = await until_asking(there, await there.start())
@@ -296,9 +296,9 @@ def test_store_is_read_once_for_each_word_of_a_change(tmp_path: Path, monkeypatc
     async def check(there: Runtime) -> None:
         read_latest_log = there.store.read_latest_log
 
-        async def read(run_id: str, log_type: str) -> RunEvent | None:
+        async def read(run_id: str, log_type: str, after: int) -> RunEvent | None:
             looks.append(log_type)
-            return await read_latest_log(run_id, log_type)
+            return await read_latest_log(run_id, log_type, after)
 
         monkeypatch.setattr(there.store, "read_latest_log", read)
         run = await until_asking(there, await there.start())

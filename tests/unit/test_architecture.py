@@ -20,6 +20,7 @@ LAYERS = [
     ["agent_check"],
     ["event_log"],
     ["speech", "asking"],
+    ["surroundings"],
     ["execution"],
     ["admission", "errands"],
     ["executor"],
