@@ -225,8 +225,9 @@ class Connection:
         allowed = [each for each in usable if not options.headers() or options.may_see_secrets(each.url)]
         if not allowed:
             message = (
-                f"The card of the agent at {options.host} sends its callers to {options.quoted(usable[0].url)!r}, which "
-                "is not to see their credentials. If it may, name its host in secrets_hosts; by http only where url is."
+                f"The card of the agent at {options.host} sends its callers to {options.quoted(usable[0].url)!r}, "
+                "which is not to see their credentials. If it may, name its host in secrets_hosts; "
+                "by http only where url is."
             )
             raise AgentError(message, "AGENT_CARD_INVALID")
         del card.supported_interfaces[:]
