@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from runtime_service.agents import AgentError, Delta, Log, Message, TurnContext
+from runtime_service.agents import AgentError, Answer, AnsweredBy, Delta, Log, Message, TurnContext
 from runtime_service.agents.a2a import connection as a2a_connection
 from runtime_service.agents.a2a import conversation as a2a_conversation
 from runtime_service.agents.a2a.agent import A2AAgent
@@ -496,6 +496,52 @@ def test_a2a_agent_waits_for_a_task_whose_streams_are_cut_for_their_age(monkeypa
     assert messages_of(handle) == ["at last"]
     calls = 11
     assert failure_of(handle, timeout_seconds=0.3).code == "AGENT_SILENT"
+
+
+@pytest.mark.usefixtures("_brief_pauses")
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a2a_agent_waits_for_a_task_whose_agent_is_away(status: int, stream: bool) -> None:
+    """A restart behind a proxy, or a limit on requests, does not end the turn, where the task is known."""
+    calls = 0
+
+    async def handle(request: web.Request, call: dict[str, Any]) -> web.StreamResponse:
+        nonlocal calls
+        calls += 1
+        if calls in (2, 3):
+            return web.Response(status=status)
+        if stream:
+            return await begin_stream(request, WORKING, *([piece("back"), COMPLETED] if calls == 4 else []))
+        state = {"status": {"state": "TASK_STATE_WORKING" if calls == 1 else "TASK_STATE_COMPLETED"}}
+        task = WORKING["task"] | state | {"artifacts": [piece("back")["artifactUpdate"]["artifact"]]}
+        return web.json_response({"result": {"task": task} if calls == 1 else task})
+
+    assert messages_of(handle, streaming=stream) == ["back"]
+    assert calls == 4
+
+
+@pytest.mark.usefixtures("_brief_pauses")
+def test_a2a_agent_fails_where_an_answer_may_not_have_arrived() -> None:
+    """To wait for the task then would be to wait for nothing."""
+    asking = {"task": WORKING["task"] | {"status": {"state": "TASK_STATE_INPUT_REQUIRED"}}}
+    methods: list[str] = []
+
+    async def handle(request: web.Request, call: dict[str, Any]) -> web.StreamResponse:
+        methods.append(call["method"])
+        return await begin_stream(request, asking) if len(methods) == 1 else web.Response(status=503)
+
+    async def run() -> str:
+        async with serving(handle) as url:
+            agent = A2AAgent(A2AOptions(url))
+            answers = GivenSurroundings(answers=[Answer(AnsweredBy.CALLER, text="blue")])
+            with pytest.raises(AgentError) as caught:
+                async for _ in agent.run(TurnContext(input="hi", metadata={}, surroundings=answers)):
+                    pass
+            await agent.close()
+            return caught.value.code
+
+    assert run_async(run()) == "AGENT_ERROR"
+    assert methods == ["SendStreamingMessage", "SendStreamingMessage", "CancelTask"]
 
 
 @pytest.mark.usefixtures("_brief_pauses")

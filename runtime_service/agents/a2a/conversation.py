@@ -14,7 +14,7 @@ from typing import Any
 from a2a.types import StreamResponse
 
 from runtime_service.agents.a2a.connection import Connection
-from runtime_service.agents.a2a.failures import StreamCut, TaskUnknown, silent
+from runtime_service.agents.a2a.failures import Away, StreamCut, TaskUnknown, silent
 from runtime_service.agents.a2a.options import A2AOptions
 from runtime_service.agents.a2a.updates import TASK_LOG, TaskCanceled, Updates
 from runtime_service.agents.base import AgentError, AgentSays, Log, TurnContext
@@ -100,10 +100,11 @@ async def _outputs(
     said_at = loop.time()
     cuts = 0
     while True:
-        begun_at = loop.time()
+        begun_at, heard = loop.time(), False
         try:
             async with aclosing(responses):
                 async for response in responses:
+                    heard = True
                     if outputs := updates.add(response):
                         yield outputs
                         cuts, said_at = 0, loop.time()
@@ -112,7 +113,9 @@ async def _outputs(
                     if updates.settled:
                         return
         except AgentError as error:
-            passing = isinstance(error, StreamCut) or (cuts > 0 and error.code == "AGENT_UNREACHABLE")
+            away = isinstance(error, Away) or error.code == "AGENT_UNREACHABLE"
+            # Where nothing was heard yet, what was sent may not have arrived.
+            passing = isinstance(error, StreamCut) or (away and (heard or cuts > 0))
             if loop.time() - begun_at > _LASTING_SECONDS:
                 cuts = 0
             if not passing or updates.task_id is None or cuts == len(_TAKE_UP_PAUSES_SECONDS):
