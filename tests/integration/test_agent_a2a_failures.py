@@ -577,7 +577,7 @@ def test_a2a_agent_sends_a_lost_message_again_only_once() -> None:
             await agent.close()
             return caught.value.code
 
-    assert run_async(run()) == "AGENT_TASK_CANCELED"
+    assert run_async(run()) == "AGENT_CANCELLED"
     assert methods == ["SubscribeToTask", "SendStreamingMessage"]
 
 

@@ -201,7 +201,7 @@ class Updates:
             case TaskState.TASK_STATE_REJECTED:
                 return AgentError(f"{self._agent} refused the task{why} Say it differently.", "AGENT_REFUSED")
             case TaskState.TASK_STATE_CANCELED:
-                return TaskCanceled(f"{self._agent} cancelled the task{why} Try again.", "AGENT_TASK_CANCELED")
+                return TaskCanceled(f"{self._agent} cancelled the task{why} Try again.", "AGENT_CANCELLED")
         return None
 
     def _log_status(self, word: str, text: str, message: RemoteMessage, outputs: list[AgentOutput]) -> None:
