@@ -258,7 +258,9 @@ def keys_revoke(
 def agents_check(
     server: Annotated[str | None, typer.Argument(help="Check this one alone; without, all that are declared.")] = None,
     servers: Servers = None,
-    limit_seconds: Annotated[float, typer.Option(min=0.1, help="Time for each agent to end its turn.")] = 60.0,
+    limit_seconds: Annotated[
+        float, typer.Option(min=0.1, max=86_400, help="Time for each agent to end its turn.")
+    ] = 60.0,
 ) -> None:
     """Start each declared agent, speak to it, and say what works and what is missing; exit code 1 if anything is.
 

@@ -38,6 +38,7 @@ END_SECONDS = 5.0
 """How long an agent may take to end once its time is over."""
 
 _SHOWN_CHARACTERS = 1_000
+_SHOWN_TOOLS = 20
 
 Tell = Callable[[Finding], None]
 
@@ -153,7 +154,8 @@ class _Turn:
             if event.role is EventRole.ASSISTANT:
                 self._answer = event.content
         elif isinstance(output, ToolCall):
-            self._tools.setdefault(event.content)
+            if len(self._tools) <= _SHOWN_TOOLS:
+                self._tools.setdefault(event.content[:_SHOWN_CHARACTERS])
         elif isinstance(output, Log):
             self._logs += 1
 
@@ -170,7 +172,8 @@ class _Turn:
         if self._first_piece_seconds is not None:
             self._find(f"It streams: the first piece came after {self._first_piece_seconds:.1f} s.")
         if self._tools:
-            self._find(f"It calls tools: {', '.join(self._tools)}.")
+            names = [*self._tools][:_SHOWN_TOOLS] + ["…"] * (len(self._tools) > _SHOWN_TOOLS)
+            self._find(f"It calls tools: {', '.join(names)}.")
         if self._logs:
             self._find(f"It writes to the execution log; entries: {self._logs}.")
 

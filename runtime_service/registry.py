@@ -3,12 +3,13 @@
 Kinds of agents are those built in and those of other packages, which offer them as entry points.
 """
 
+import logging
 import os
 import sys
 import tomllib
 from collections.abc import Mapping
 from importlib import import_module
-from importlib.metadata import EntryPoint, EntryPoints, entry_points
+from importlib.metadata import EntryPoint, EntryPoints, distributions
 from importlib.resources import files
 from inspect import isabstract
 from pathlib import Path
@@ -19,6 +20,8 @@ import msgspec
 from runtime_service.agents import Agent
 from runtime_service.errors import ServerNotFound, shown
 from runtime_service.questions import QuestionSettings
+
+log = logging.getLogger(__name__)
 
 AGENT_RUNTIME = "agent_runtime"
 AGENT_KINDS: dict[str, str] = {
@@ -132,7 +135,7 @@ def load_registry(path: Path | None) -> Registry:
         raise ConfigurationError(f"{path} cannot be read: {os.strerror(error.errno or 0)}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
         raise ConfigurationError(f"{name}: {error}.") from error
-    plugins = entry_points(group=PLUGINS)
+    plugins = _read_plugins()
     servers: dict[str, Server] = {}
     bindings: dict[tuple[str, str], str] = {}
     for server_id, table in file.servers.items():
@@ -153,6 +156,18 @@ def load_registry(path: Path | None) -> Registry:
                 f"in the organization {organization!r}."
             )
     return Registry(servers, bindings)
+
+
+def _read_plugins() -> EntryPoints:
+    """Return what the installed packages offer; of a package that is found twice the first, as it is imported."""
+    offered: dict[str, EntryPoints] = {}
+    for package in distributions():
+        try:
+            if found := package.entry_points.select(group=PLUGINS):
+                offered.setdefault(package.name or "", found)
+        except Exception as error:  # noqa: BLE001 - whatever a broken package raises: perhaps no server needs it
+            log.warning("a package in %s offers what cannot be read: %r", package.locate_file(""), error)
+    return EntryPoints(each for found in offered.values() for each in found)
 
 
 def _make_server(where: str, server_id: str, table: _ServerTable, plugins: EntryPoints) -> Server:
@@ -208,5 +223,5 @@ def _load_kind(where: str, name: str, plugins: list[EntryPoint]) -> type[Agent]:
 def _told(plugins: list[EntryPoint]) -> str:
     """Name the entry points, with the packages that they come from."""
     return ", ".join(
-        f"the entry point {each.value!r} of the package {each.dist.name if each.dist else '?'}" for each in plugins
+        f"the entry point {each.value!r} of the package {(each.dist and each.dist.name) or '?'}" for each in plugins
     )

@@ -333,7 +333,7 @@ def test_a2a_agent_fails_when_nobody_answers(streaming: bool) -> None:
         (TaskState.TASK_STATE_FAILED, "AGENT_TASK_FAILED", "failed"),
         (TaskState.TASK_STATE_REJECTED, "AGENT_REFUSED", "refused the task"),
         (TaskState.TASK_STATE_AUTH_REQUIRED, "AGENT_LOGIN_REQUIRED", "authentication"),
-        (TaskState.TASK_STATE_CANCELED, "AGENT_TASK_CANCELED", "cancelled the task"),
+        (TaskState.TASK_STATE_CANCELED, "AGENT_CANCELLED", "cancelled the task"),
     ],
 )
 @pytest.mark.parametrize("text", ["", "the moon is out."])

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from runtime_service.agents import AgentError, Delta, Log, Message, TurnContext
+from runtime_service.agents import AgentError, Answer, AnsweredBy, Delta, Log, Message, TurnContext
 from runtime_service.agents.a2a import connection as a2a_connection
 from runtime_service.agents.a2a import conversation as a2a_conversation
 from runtime_service.agents.a2a.agent import A2AAgent
@@ -80,6 +80,15 @@ def card_of(request: web.Request, **more: Any) -> dict[str, Any]:
 async def give_card(request: web.Request) -> web.StreamResponse:
     """Answer with the card."""
     return web.json_response(card_of(request))
+
+
+def given(body: str) -> CardHandler:
+    """A handler that gives this for a card."""
+
+    async def give(request: web.Request) -> web.StreamResponse:
+        return web.Response(text=body)
+
+    return give
 
 
 @asynccontextmanager
@@ -193,13 +202,18 @@ def test_a2a_agent_translates_each_status(status: int, of_card: str, of_call: st
 )
 def test_a2a_agent_fails_on_what_is_no_card(body: str, words: str) -> None:
     """A card that cannot be used is AGENT_CARD_INVALID."""
-
-    async def card(request: web.Request) -> web.StreamResponse:
-        return web.Response(text=body)
-
-    error = failure_of(streaming(), card)
+    error = failure_of(streaming(), given(body))
     assert error.code == "AGENT_CARD_INVALID"
     assert words in error.message
+
+
+def test_a2a_agent_tells_what_an_unusable_card_offers_in_few_words() -> None:
+    """However much that is: the message becomes part of the run."""
+    interfaces = [{"url": "ftp://h", "protocolBinding": f"{number:0200}"} for number in range(1_000)]
+    error = failure_of(streaming(), given(json.dumps({"supportedInterfaces": interfaces})))
+    assert error.code == "AGENT_CARD_INVALID"
+    assert "at ftp://h" in error.message
+    assert len(error.message) < 500
 
 
 GARBAGE = [
@@ -300,6 +314,28 @@ def test_a2a_agent_sends_its_secrets_to_known_hosts_alone(monkeypatch: pytest.Mo
     assert messages_of(streaming(hello), card, **known) == ["hello"]
     assert messages_of(streaming(hello), card) == ["hello"]
     assert not A2AOptions("https://a.example").may_see_secrets("http://a.example/a2a")
+
+
+def test_a2a_agent_keeps_no_cookies() -> None:
+    """All runs share the client: what one of them is given says nothing of the others."""
+    seen: list[dict[str, str]] = []
+
+    async def handle(request: web.Request, call: dict[str, Any]) -> web.StreamResponse:
+        seen.append(dict(request.cookies))
+        response = web.json_response({"result": {"message": {"messageId": "m"}}})
+        response.set_cookie("session", "of the first")
+        return response
+
+    async def run() -> None:
+        async with serving(handle) as url:
+            agent = A2AAgent(A2AOptions(url, streaming=False))
+            for _ in range(2):
+                async for _ in agent.run(TurnContext(input="hi", metadata={})):
+                    pass
+            await agent.close()
+
+    run_async(run())
+    assert seen == [{}, {}]
 
 
 @pytest.mark.parametrize("value", [None, "", "  ", "schlüssel", "two\nlines"])
@@ -447,6 +483,68 @@ def test_a2a_agent_fails_on_a_stream_that_is_always_cut() -> None:
 
 
 @pytest.mark.usefixtures("_brief_pauses")
+def test_a2a_agent_waits_for_a_task_whose_streams_are_cut_for_their_age(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is between may end each stream that is silent for a minute: the agent may be silent for longer."""
+    monkeypatch.setattr(a2a_conversation, "_LASTING_SECONDS", 0.0)
+    calls = 0
+
+    async def handle(request: web.Request, call: dict[str, Any]) -> web.StreamResponse:
+        nonlocal calls
+        calls += 1
+        return await begin_stream(request, WORKING, *([piece("at last"), COMPLETED] if calls == 10 else []))
+
+    assert messages_of(handle) == ["at last"]
+    calls = 11
+    assert failure_of(handle, timeout_seconds=0.3).code == "AGENT_SILENT"
+
+
+@pytest.mark.usefixtures("_brief_pauses")
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a2a_agent_waits_for_a_task_whose_agent_is_away(status: int, stream: bool) -> None:
+    """A restart behind a proxy, or a limit on requests, does not end the turn, where the task is known."""
+    calls = 0
+
+    async def handle(request: web.Request, call: dict[str, Any]) -> web.StreamResponse:
+        nonlocal calls
+        calls += 1
+        if calls in (2, 3):
+            return web.Response(status=status)
+        if stream:
+            return await begin_stream(request, WORKING, *([piece("back"), COMPLETED] if calls == 4 else []))
+        state = {"status": {"state": "TASK_STATE_WORKING" if calls == 1 else "TASK_STATE_COMPLETED"}}
+        task = WORKING["task"] | state | {"artifacts": [piece("back")["artifactUpdate"]["artifact"]]}
+        return web.json_response({"result": {"task": task} if calls == 1 else task})
+
+    assert messages_of(handle, streaming=stream) == ["back"]
+    assert calls == 4
+
+
+@pytest.mark.usefixtures("_brief_pauses")
+def test_a2a_agent_fails_where_an_answer_may_not_have_arrived() -> None:
+    """To wait for the task then would be to wait for nothing."""
+    asking = {"task": WORKING["task"] | {"status": {"state": "TASK_STATE_INPUT_REQUIRED"}}}
+    methods: list[str] = []
+
+    async def handle(request: web.Request, call: dict[str, Any]) -> web.StreamResponse:
+        methods.append(call["method"])
+        return await begin_stream(request, asking) if len(methods) == 1 else web.Response(status=503)
+
+    async def run() -> str:
+        async with serving(handle) as url:
+            agent = A2AAgent(A2AOptions(url))
+            answers = GivenSurroundings(answers=[Answer(AnsweredBy.CALLER, text="blue")])
+            with pytest.raises(AgentError) as caught:
+                async for _ in agent.run(TurnContext(input="hi", metadata={}, surroundings=answers)):
+                    pass
+            await agent.close()
+            return caught.value.code
+
+    assert run_async(run()) == "AGENT_ERROR"
+    assert methods == ["SendStreamingMessage", "SendStreamingMessage", "CancelTask"]
+
+
+@pytest.mark.usefixtures("_brief_pauses")
 def test_a2a_agent_takes_up_a_stream_as_often_as_it_brings_something() -> None:
     """An agent, or what is between, that ends each stream after a while does no harm."""
     calls = 0
@@ -479,7 +577,7 @@ def test_a2a_agent_sends_a_lost_message_again_only_once() -> None:
             await agent.close()
             return caught.value.code
 
-    assert run_async(run()) == "AGENT_TASK_CANCELED"
+    assert run_async(run()) == "AGENT_CANCELLED"
     assert methods == ["SubscribeToTask", "SendStreamingMessage"]
 
 
@@ -511,6 +609,33 @@ def test_a2a_agent_is_closed_while_it_waits_for_a_card() -> None:
 def test_a2a_agent_fails_on_a_stream_that_is_cut_without_a_task(events: list[object]) -> None:
     """Where no task is known there is nothing to take up."""
     assert failure_of(streaming(*events)).code == "AGENT_STREAM_CUT"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 1_000])
+def test_a2a_agent_takes_in_what_looks_like_the_end_of_a_line(size: int) -> None:
+    """Characters that end lines elsewhere are text in an event, also where they come in pieces."""
+    text = "a\u2028b\u2029\u2028c\x85d\x0ce ä€\u2027"
+
+    async def handle(request: web.Request, call: dict[str, Any]) -> web.StreamResponse:
+        response = await begin_stream(request)
+        message = {"message": {"messageId": "m", "parts": [{"text": text}]}}
+        event = b"data: " + json.dumps({"result": message}, ensure_ascii=False).encode() + b"\n\n"
+        for start in range(0, len(event), size):
+            await response.write(event[start : start + size])
+            await asyncio.sleep(0.001)  # or the pieces come as one
+        return response
+
+    assert messages_of(handle) == [text]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a2a_agent_does_not_take_in_more_values_than_it_can_read_at_once(stream: bool) -> None:
+    """To read a million small ones would hold up all other runs."""
+    parts = [{"data": [1] * 300_000}]
+    body = json.dumps({"result": {"message": {"messageId": "m", "parts": parts}}})
+    error = failure_of(streaming(body) if stream else answering(body=body), streaming=stream)
+    assert error.code == "AGENT_PROTOCOL_ERROR"
+    assert "262144 values" in error.message
 
 
 @pytest.mark.parametrize("what", ["line", "lines", "answer", "packed"])

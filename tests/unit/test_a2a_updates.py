@@ -87,6 +87,18 @@ def test_updates_say_an_artifact_again_in_another_task() -> None:
     assert texts_of(said(taking, snapshot("one", "two"))) == ["onetwo"]
 
 
+def test_updates_expect_nothing_of_another_task() -> None:
+    """An agent may answer with a new task: its artifacts and its question are new, whatever the old ones were."""
+    taking = updates()
+    said(taking, snapshot("one", now=status(ASKING)))
+    taking.answered()
+    other = snapshot("one", "two", now=status(ASKING))
+    other.task.id = "u"
+    assert texts_of(said(taking, other)) == ["onetwo", "onetwo"]
+    assert taking.question is not None
+    assert taking.task_id == "u"
+
+
 def test_updates_forget_the_oldest_artifacts() -> None:
     """What is kept of artifacts does not grow with their number."""
     taking = updates()
@@ -107,6 +119,16 @@ def test_updates_take_a_question_that_was_answered_for_old(text: str) -> None:
     said(taking, status_update(WORKING), status_update(ASKING, text))
     assert taking.settled
     assert taking.question is not None
+
+
+def test_updates_take_a_question_in_the_same_words_for_new() -> None:
+    """An update says what is now: after an answer it is no question from before, though it has neither time nor id."""
+    taking = updates()
+    said(taking, status_update(ASKING, "Which?"))
+    taking.answered()
+    said(taking, status_update(ASKING, "Which?"))
+    assert taking.question == "Which?"
+    assert taking.settled
 
 
 def test_updates_say_a_status_message_once() -> None:

@@ -60,6 +60,20 @@ def test_check_tells_what_a_turn_shows() -> None:
     )
 
 
+def test_check_names_no_more_tools_than_can_be_read() -> None:
+    """However many an agent calls, and however long their names are."""
+
+    async def busy(turn: TurnContext) -> AsyncGenerator[AgentSays]:
+        for number in range(1_000):
+            yield ToolCall(f"{number}{'x' * 10_000}")
+
+    works, found, _ = check(busy)
+    assert works
+    assert found[1].count(", ") == 20
+    assert found[1].endswith(", ….")
+    assert len(found[1]) < 21_000
+
+
 def test_check_shows_a_message_that_only_streams_shortened_and_without_control_characters() -> None:
     """However long it is, and whatever it would do to a terminal."""
 

@@ -103,6 +103,31 @@ def test_only_the_kind_that_is_named_is_imported(tmp_path: Path, install: Instal
     assert "broken_b" not in sys.modules
 
 
+@pytest.mark.parametrize("entries", [f"[{PLUGINS}]\nno value".encode(), b"\xff\xfe["])
+def test_package_with_broken_metadata_is_left_out(
+    tmp_path: Path, install: Install, caplog: pytest.LogCaptureFixture, entries: bytes
+) -> None:
+    """It is warned of; other kinds, of other packages too, are there."""
+    install("parrots", {"parrot": "parrots_g:Parrot"}, {"parrots_g": AGENT})
+    install("a-broken-one", {}, {})
+    (tmp_path / "site" / "a-broken-one-1.0.dist-info" / "entry_points.txt").write_bytes(entries)
+    assert "mine" in load(tmp_path, "echo").servers
+    assert "mine" in load(tmp_path, "parrot").servers
+    assert str(tmp_path / "site") in caplog.text
+
+
+@pytest.mark.parametrize("metadata", ["Name: parrots", ""])
+def test_package_that_is_found_twice_counts_once(
+    tmp_path: Path, install: Install, monkeypatch: pytest.MonkeyPatch, metadata: str
+) -> None:
+    """Such as one that is installed and also lies in the working directory; one without a name, too."""
+    install("parrots", {"parrot": "parrots_h:Parrot"}, {"parrots_h": AGENT})
+    site = tmp_path / "site"
+    (site / "parrots-1.0.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\n{metadata}\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(site)])
+    assert "mine" in load(tmp_path, "parrot").servers
+
+
 def test_unknown_kind_is_told_which_there_are(tmp_path: Path, install: Install) -> None:
     """Those of other packages are among them, though none is imported."""
     install("parrots", {"parrot": "parrots_c:Parrot"}, {"parrots_c": AGENT})

@@ -6,8 +6,10 @@ needed.
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import aclosing
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any, TypeVar
 
 import httpx
@@ -41,6 +43,8 @@ _FIRST_POLL_SECONDS = 0.2
 _LAST_POLL_SECONDS = 5.0
 _MAX_RECEIVED_BYTES = 16 << 20
 """Of one answer, or of one event of a stream."""
+_MAX_RECEIVED_VALUES = 1 << 18
+"""Of JSON, in the same: reading so many holds up the event loop, and with it all other runs, for a second or two."""
 _BINDINGS = ["JSONRPC", "HTTP+JSON"]
 
 _T = TypeVar("_T")
@@ -54,6 +58,8 @@ class Connection:
         seconds = options.timeout_seconds
         self._http = _BoundedClient(
             headers=options.headers() | {"Accept-Encoding": "identity"},
+            # All runs share the client: what one is given is not to be shown by the others.
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
             timeout=httpx.Timeout(seconds, connect=min(_CONNECT_SECONDS, seconds)),
             # A turn holds a connection as long as it lasts: how many there may be is the runtime's to say.
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=20),
@@ -209,17 +215,19 @@ class Connection:
             if interface.protocol_binding in bindings and interface.url.startswith(("http://", "https://"))
         ]
         if not usable:
-            there = ", ".join(sorted({interface.protocol_binding[:40] for interface in card.supported_interfaces}))
+            ways = {f"{way.protocol_binding} at {way.url}" for way in card.supported_interfaces}
+            there = options.quoted(", ".join(sorted(ways))) or "no way to speak to it"
             message = (
-                f"The card of the agent at {options.host} offers {there or 'no way to speak to it'}; "
-                f"spoken here: {', '.join(bindings)}."
+                f"The card of the agent at {options.host} offers {there}; "
+                f"spoken here: {', '.join(bindings)}, over http and https."
             )
             raise AgentError(message, "AGENT_CARD_INVALID")
         allowed = [each for each in usable if not options.headers() or options.may_see_secrets(each.url)]
         if not allowed:
             message = (
-                f"The card of the agent at {options.host} sends its callers to {usable[0].url[:200]!r}, which is "
-                "not to see their credentials. If it may, name its host in secrets_hosts; by http only where url is."
+                f"The card of the agent at {options.host} sends its callers to {options.quoted(usable[0].url)!r}, "
+                "which is not to see their credentials. If it may, name its host in secrets_hosts; "
+                "by http only where url is."
             )
             raise AgentError(message, "AGENT_CARD_INVALID")
         del card.supported_interfaces[:]
@@ -261,26 +269,52 @@ class _BoundedClient(httpx.AsyncClient):
 
 
 class _BoundedStream(httpx.AsyncByteStream):
-    """Counts the bytes: of a stream of events those since the last empty line, which ends an event."""
+    """Counts bytes and values: of a stream of events those since the last empty line, which ends an event.
+
+    Of a stream of events it also escapes what is part of a line, and taken for the end of one by the library.
+    """
 
     def __init__(self, stream: httpx.AsyncByteStream, request: httpx.Request, *, events: bool) -> None:
         self._stream = stream
         self._request = request
+        self._events = events
         self._ends = (b"\n\n", b"\r\n\r\n", b"\r\r") if events else ()
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        received = 0
-        tail = b""
+        received = values = 0
+        tail = begun = b""
         async for chunk in self._stream:
-            received += len(chunk)
             seen = tail + chunk
             end = max((seen.rfind(line) for line in self._ends), default=-1)
-            if end >= 0:
-                received = len(seen) - end
+            received = len(seen) - end if end >= 0 else received + len(chunk)
+            values = _values_in(seen[end:]) if end >= 0 else values + _values_in(chunk)
             if received > _MAX_RECEIVED_BYTES:
                 raise TooLarge(f"more than {_MAX_RECEIVED_BYTES} bytes", request=self._request)
+            if values > _MAX_RECEIVED_VALUES:
+                raise TooLarge(f"more than {_MAX_RECEIVED_VALUES} values", request=self._request)
             tail = seen[-3:]
-            yield chunk
+            if self._events:
+                chunk, begun = _escaped(begun + chunk)
+            if chunk:
+                yield chunk
+        if begun:
+            yield begun
 
     async def aclose(self) -> None:
         await self._stream.aclose()
+
+
+def _values_in(chunk: bytes) -> int:
+    """Return at least how many values the JSON has, with those commas and brackets that are text."""
+    return chunk.count(b",") + chunk.count(b"[") + chunk.count(b"{")
+
+
+_FALSE_LINE_END = re.compile(rb"\xc2\x85|\xe2\x80[\xa8\xa9]")
+_BEGUN_LINE_END = re.compile(rb"(?:\xc2|\xe2\x80?)\Z")
+
+
+def _escaped(chunk: bytes) -> tuple[bytes, bytes]:
+    """Write U+0085, U+2028 and U+2029 as JSON can, too; return what of one is begun at the end apart."""
+    begun = _BEGUN_LINE_END.search(chunk)
+    whole, rest = (chunk, b"") if begun is None else (chunk[: begun.start()], begun[0])
+    return _FALSE_LINE_END.sub(lambda found: b"\\u%04x" % ord(found[0].decode()), whole), rest

@@ -14,7 +14,7 @@ from typing import Any
 from a2a.types import StreamResponse
 
 from runtime_service.agents.a2a.connection import Connection
-from runtime_service.agents.a2a.failures import StreamCut, TaskUnknown
+from runtime_service.agents.a2a.failures import Away, StreamCut, TaskUnknown, silent
 from runtime_service.agents.a2a.options import A2AOptions
 from runtime_service.agents.a2a.updates import TASK_LOG, TaskCanceled, Updates
 from runtime_service.agents.base import AgentError, AgentSays, Log, TurnContext
@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 _CANCEL_SECONDS = 3.0
 _TAKE_UP_PAUSES_SECONDS = (0.1, 1.0, 3.0)
+_LASTING_SECONDS = 10.0
+"""A stream that lasted so long was cut for its age or its silence, as proxies do: that is no failure of the agent."""
 
 
 async def converse(connection: Connection, options: A2AOptions, turn: TurnContext) -> AsyncGenerator[AgentSays]:
@@ -42,7 +44,7 @@ async def converse(connection: Connection, options: A2AOptions, turn: TurnContex
         while True:
             gone: AgentError | None = None
             try:
-                async with aclosing(_outputs(connection, updates, responses)) as outputs:
+                async with aclosing(_outputs(connection, options, updates, responses)) as outputs:
                     async for said in outputs:
                         yield said
             except (TaskUnknown, TaskCanceled) as error:
@@ -88,25 +90,38 @@ def _send(connection: Connection, updates: Updates, text: str, message_id: str) 
 
 
 async def _outputs(
-    connection: Connection, updates: Updates, responses: AsyncGenerator[StreamResponse]
+    connection: Connection, options: A2AOptions, updates: Updates, responses: AsyncGenerator[StreamResponse]
 ) -> AsyncGenerator[AgentSays]:
-    """Give what the responses say until they settle something; a stream that was cut is taken up a few times."""
+    """Give what the responses say until they settle something.
+
+    A stream that was cut is taken up: a few times in a row, and as long as the agent may be silent where it lasts.
+    """
+    loop = asyncio.get_running_loop()
+    said_at = loop.time()
     cuts = 0
     while True:
+        begun_at, heard = loop.time(), False
         try:
             async with aclosing(responses):
                 async for response in responses:
+                    heard = True
                     if outputs := updates.add(response):
                         yield outputs
-                        cuts = 0
+                        cuts, said_at = 0, loop.time()
                     if updates.failure is not None:
                         raise updates.failure
                     if updates.settled:
                         return
         except AgentError as error:
-            passing = isinstance(error, StreamCut) or (cuts > 0 and error.code == "AGENT_UNREACHABLE")
+            away = isinstance(error, Away) or error.code == "AGENT_UNREACHABLE"
+            # Where nothing was heard yet, what was sent may not have arrived.
+            passing = isinstance(error, StreamCut) or (away and (heard or cuts > 0))
+            if loop.time() - begun_at > _LASTING_SECONDS:
+                cuts = 0
             if not passing or updates.task_id is None or cuts == len(_TAKE_UP_PAUSES_SECONDS):
                 raise
+            if loop.time() - said_at > options.timeout_seconds:
+                raise silent(options, options.timeout_seconds) from error
             task_id = updates.task_id
         await asyncio.sleep(_TAKE_UP_PAUSES_SECONDS[cuts])
         cuts += 1

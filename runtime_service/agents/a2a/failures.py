@@ -34,6 +34,10 @@ class StreamCut(AgentError):
     """The agent broke off in the middle; its task may go on."""
 
 
+class Away(AgentError):
+    """The agent, or what stands before it, cannot answer now; its task may go on."""
+
+
 class TaskUnknown(AgentError):
     """The agent knows no such task (any more)."""
 
@@ -100,7 +104,9 @@ def _of_status(status: int, agent: str, options: A2AOptions, of_card: bool) -> A
             message = f"{agent} is not where its card says {said}. Check the address in its card."
             return AgentError(message, "AGENT_NOT_FOUND")
         case 429:
-            return AgentError(f"{agent} is asked too often {said}. Try again later.", "AGENT_RATE_LIMITED")
+            return Away(f"{agent} is asked too often {said}. Try again later.", "AGENT_RATE_LIMITED")
+        case 502 | 503 | 504:
+            return Away(f"{agent} failed {said}. Try again later.", "AGENT_ERROR")
         case _ if status < 500:
             message = f"{agent} does not take the request {said}. Check url and the address in its card."
             return AgentError(message, "AGENT_REQUEST_INVALID")

@@ -74,6 +74,7 @@ class Updates:
         self.settled = False
         self.task_is_open = False
         self._last_status: TaskStatus | None = None
+        self._was_answered = False
         self._told: dict[str, tuple[int, int]] = {}  # by artifact: characters of text, other parts
         self._making: dict[str, Any] | None = None  # metadata of the message in the making
         self._texts: list[str] = []
@@ -98,6 +99,7 @@ class Updates:
         """The question was answered: what comes next are the responses to that."""
         self.question = None
         self.settled = False
+        self._was_answered = True
 
     def add(self, response: StreamResponse) -> tuple[AgentOutput, ...]:
         """Take a response; return what it says. Raises AgentError for one that says nothing."""
@@ -121,6 +123,8 @@ class Updates:
             case "status_update":
                 update = response.status_update
                 self._remember(update.task_id, update.context_id, outputs)
+                if self._was_answered and update.status.state == TaskState.TASK_STATE_INPUT_REQUIRED:
+                    self._last_status = None  # it is no snapshot: it asks again, perhaps in the same words
                 self._take_status(update.status, outputs)
             case "artifact_update":
                 chunk = response.artifact_update
@@ -135,7 +139,11 @@ class Updates:
     def _remember(self, task_id: str | None, context_id: str, outputs: list[AgentOutput]) -> None:
         if max(len(task_id or ""), len(context_id)) > MAX_NAME_CHARACTERS:
             raise self._garbled()
-        self.task_id = task_id or self.task_id
+        if task_id and task_id != self.task_id:
+            # What another one has said is nothing that this one has.
+            self.task_id = task_id
+            self._last_status = None
+            self._told.clear()
         self.context_id = context_id or self.context_id
         self.task_is_open = self.task_is_open or self.task_id is not None
         to_know = {"taskId": self.task_id, "contextId": self.context_id, "turn": self._turn, "url": self._options.url}
@@ -193,7 +201,7 @@ class Updates:
             case TaskState.TASK_STATE_REJECTED:
                 return AgentError(f"{self._agent} refused the task{why} Say it differently.", "AGENT_REFUSED")
             case TaskState.TASK_STATE_CANCELED:
-                return TaskCanceled(f"{self._agent} cancelled the task{why} Try again.", "AGENT_TASK_CANCELED")
+                return TaskCanceled(f"{self._agent} cancelled the task{why} Try again.", "AGENT_CANCELLED")
         return None
 
     def _log_status(self, word: str, text: str, message: RemoteMessage, outputs: list[AgentOutput]) -> None:
