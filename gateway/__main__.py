@@ -10,13 +10,11 @@ import gc
 import json
 import secrets
 import signal
-import sys
 import tomllib
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 from urllib.parse import quote
 
 import msgspec
@@ -24,10 +22,11 @@ import typer
 import uvloop
 
 from gateway.app import Gateway
-from gateway.auth import KeyFile, KeyFileError, Scope, UnknownKey
-from gateway.config import GatewayConfig, SettingError
+from gateway.auth import KeyFile
+from gateway.config import GatewayConfig
+from gateway.key_commands import DATA_DIR, Complaints, DataDir, KeysFile, key_file, keys_app
 from gateway.logs import configure_logs
-from gateway.supervisor import RuntimeFailed, RuntimeProcess, runtime_command
+from gateway.supervisor import RuntimeProcess, runtime_command
 
 app = typer.Typer(
     help="The ACP gateway: the ACP REST API in front of agents behind a gRPC RunService.",
@@ -35,7 +34,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-keys_app = typer.Typer(help="API keys: make, list and revoke them.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 agents_app = typer.Typer(help="The agents of this machine: check them.", no_args_is_help=True)
 app.add_typer(agents_app, name="agents")
@@ -46,23 +44,14 @@ def _agents() -> None:
     """Keep `check` a command of its own while it is the only one."""
 
 
-_DATA_DIR = Path(".acp")
 # Before `serve` there may be who balances, and who has to hear first. Before `up` there is nobody.
 _SERVE_DRAIN_DELAY_SECONDS = 5.0
 _DEFAULTS = GatewayConfig(grpc_target="127.0.0.1:0", service_token="-", api_key="-")
 
 Host = Annotated[str, typer.Option(envvar="ACP_HOST", help="Address to serve REST at.")]
 Port = Annotated[int, typer.Option(envvar="ACP_PORT", help="Port to serve REST at; 0 picks one.")]
-DataDir = Annotated[
-    Path,
-    typer.Option(envvar="ACP_DATA_DIR", help="Folder for runs, keys and tokens; made when it is missing."),
-]
 Servers = Annotated[
     Path | None, typer.Option(envvar="ACP_SERVERS", help="A servers.toml; without one the built-in servers.")
-]
-KeysFile = Annotated[
-    Path | None,
-    typer.Option(envvar="ACP_KEYS_FILE", help="The key file; without, keys.json in the data directory."),
 ]
 ApiKey = Annotated[
     str | None,
@@ -126,7 +115,7 @@ def up(
     context: typer.Context,
     host: Host = _DEFAULTS.host,
     port: Port = _DEFAULTS.port,
-    data_dir: DataDir = _DATA_DIR,
+    data_dir: DataDir = DATA_DIR,
     servers: Servers = None,
     api_key: ApiKey = None,
     ready_file: ReadyFile = None,
@@ -148,7 +137,7 @@ def up(
     log_level: LogLevel = "info",
 ) -> None:
     """Start everything on this machine: the gateway, and the runtime service as a process of its own."""
-    with _Complaints():
+    with Complaints():
         configure_logs(log_level)
         data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         key = api_key or _kept_key(data_dir)
@@ -174,7 +163,7 @@ def serve(
         typer.Option(envvar="ACP_SERVICE_TOKEN_FILE", help="A file that holds the service token."),
     ] = None,
     keys_file: KeysFile = None,
-    data_dir: DataDir = _DATA_DIR,
+    data_dir: DataDir = DATA_DIR,
     host: Host = _DEFAULTS.host,
     port: Port = _DEFAULTS.port,
     api_key: ApiKey = None,
@@ -197,61 +186,12 @@ def serve(
     log_level: LogLevel = "info",
 ) -> None:
     """Serve REST only, in front of a runtime service that runs elsewhere."""
-    with _Complaints():
+    with Complaints():
         configure_logs(log_level)
         if service_token_file is not None:
             service_token = service_token_file.read_text().strip()
-        config = _config(context, service_token=service_token, keys_file=_key_file(keys_file, data_dir).path)
+        config = _config(context, service_token=service_token, keys_file=key_file(keys_file, data_dir).path)
         uvloop.run(_serve(config, ready_file))
-
-
-def _key_file(path: Path | None, data_dir: Path) -> KeyFile:
-    return KeyFile(data_dir / "keys.json" if path is None else path)
-
-
-@keys_app.command("create")
-def keys_create(
-    name: Annotated[str, typer.Argument(help="What the key is for; shown by `keys list`.")],
-    organization: Annotated[str, typer.Option(help="The organization that the key belongs to.")] = "default",
-    scope: Annotated[
-        list[str] | None,
-        typer.Option(help='What it may do: "*", "execute", "runs:read"; may be given again.'),
-    ] = None,
-    expires_days: Annotated[int | None, typer.Option(min=1, help="Days until it expires; without, never.")] = None,
-    keys_file: KeysFile = None,
-    data_dir: DataDir = _DATA_DIR,
-) -> None:
-    """Make a key and print it, this once. Running gateways know it within a second."""
-    with _Complaints():
-        expires_at = None if expires_days is None else datetime.now(UTC) + timedelta(days=expires_days)
-        scopes = cast(tuple[Scope, ...], tuple(scope or ("*",)))
-        keys = _key_file(keys_file, data_dir)
-        keys.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        text, _ = keys.create(name, organization, scopes, expires_at)
-        print(text)
-
-
-@keys_app.command("list")
-def keys_list(keys_file: KeysFile = None, data_dir: DataDir = _DATA_DIR) -> None:
-    """Show the keys, without their secrets."""
-    with _Complaints():
-        for key in _key_file(keys_file, data_dir).load():
-            state = (
-                "revoked" if key.revoked_at else f"expires {key.expires_at:%Y-%m-%d}" if key.expires_at else "active"
-            )
-            print(f"{key.id}  {key.organization}  {','.join(key.scopes)}  {state}  {key.name}")
-
-
-@keys_app.command("revoke")
-def keys_revoke(
-    key_id: Annotated[str, typer.Argument(help="The id: the 12 digits in the middle of the key.")],
-    keys_file: KeysFile = None,
-    data_dir: DataDir = _DATA_DIR,
-) -> None:
-    """End a key for good. Running gateways refuse it within a second."""
-    with _Complaints():
-        _key_file(keys_file, data_dir).revoke(key_id)
-        print(f"{key_id} is revoked.")
 
 
 @agents_app.command("check")
@@ -411,18 +351,6 @@ Try it:
 
 Ctrl-C ends it.
 """
-
-
-class _Complaints:
-    """Tells a setting's or a file's mistake in one line, without a traceback; exit code 2."""
-
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, SettingError | KeyFileError | UnknownKey | RuntimeFailed | ValueError | OSError):
-            print(f"acp-gateway: {error}", file=sys.stderr)
-            raise typer.Exit(2) from None
 
 
 def main() -> None:
