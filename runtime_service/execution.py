@@ -57,6 +57,7 @@ class Execution:
         self._held = 0
         self._unheld: asyncio.Future[None] | None = None
         self._task: asyncio.Task[Any] | None = None  # while the agent runs
+        self._context: TurnContext | None = None
         self._expired = False
         self._settling = False
         self._flushing: asyncio.Task[None] | None = None
@@ -92,6 +93,11 @@ class Execution:
     def look_for_answer(self) -> None:
         """Learn that the question that this turn asks may have been answered."""
         self._asking.look()
+
+    def leave_to_others(self) -> None:
+        """Learn that the turn is about to be cancelled here, to be executed by whoever is next."""
+        if self._context is not None:
+            self._context.goes_on = self._server.may_repeat
 
     def hold(self) -> tuple[list[EventDraft], str | None]:
         """Begin no write until `resume` or `take_rest`; return what is not stored yet, and the output so far."""
@@ -176,7 +182,7 @@ class Execution:
 
     async def _run_agent(self) -> Outcome:
         run, server = self.run, self._server
-        context = TurnContext(
+        context = self._context = TurnContext(
             input=run.turn.input,
             metadata=json.loads(run.turn.metadata) if run.turn.metadata else {},
             run_id=run.id,

@@ -171,7 +171,8 @@ class Executor:
         if self._tasks:
             await asyncio.wait(self._tasks.values(), timeout=grace_seconds)
         left = dict(self._tasks)
-        for task in left.values():
+        for execution, task in left.items():
+            execution.leave_to_others()
             task.cancel()
         if left:
             await asyncio.wait(left.values(), timeout=self._limits.cancel_grace_seconds)
@@ -252,12 +253,15 @@ class Executor:
             execution.log_grew(now.last_sequence)
             execution.look_for_answer()
         else:
+            if now.turn.status not in TERMINAL:
+                execution.leave_to_others()
             self._lose(execution)
 
     def held_lost(self) -> None:
         """What is executed here was not renewed in time: other processes execute it."""
         log.error("the lease was lost: %d turns are left to others", len(self._executions))
         for execution in list(self._executions.values()):
+            execution.leave_to_others()
             self._lose(execution)
 
     def _lose(self, execution: Execution) -> None:

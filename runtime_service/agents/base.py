@@ -123,7 +123,7 @@ class Surroundings(Protocol):
 class TurnContext:
     """What an agent is told of the turn that it executes."""
 
-    __slots__ = ("attempt", "input", "metadata", "run_id", "server_id", "surroundings", "thread_id", "turn")
+    __slots__ = ("attempt", "goes_on", "input", "metadata", "run_id", "server_id", "surroundings", "thread_id", "turn")
 
     def __init__(
         self,
@@ -148,6 +148,11 @@ class TurnContext:
         """1 for the start, 2 for the first continue …"""
         self.attempt = attempt
         """1, and one more each time that the turn had to be begun again."""
+        self.goes_on = False
+        """Told with CancelledError: the turn is executed again, by another process or later, as where a service stops.
+
+        What it has begun outside need not be ended then, if the next attempt can take that up.
+        """
         self.surroundings = surroundings
 
     async def history(self) -> list[HistoryMessage]:

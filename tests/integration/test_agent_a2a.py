@@ -520,8 +520,8 @@ def test_a2a_agent_sends_again_what_the_remote_agent_has_lost(streaming: bool) -
     with_agent(remote, check, streaming=streaming)
 
 
-def test_a2a_agent_sends_again_what_its_stopped_runtime_cancelled() -> None:
-    """A runtime that is stopped in order cancels its task: the next attempt begins another one."""
+def test_a2a_agent_sends_again_what_was_cancelled_meanwhile() -> None:
+    """The next attempt begins another task."""
     done = asyncio.Event()
     remote = Remote(work_until(done))
 
@@ -536,6 +536,31 @@ def test_a2a_agent_sends_again_what_its_stopped_runtime_cancelled() -> None:
         first, second = remote.heard
         assert (second.parts[0].text, second.context_id) == (first.parts[0].text, first.context_id)
         assert second.message_id != first.message_id
+
+    with_agent(remote, check)
+
+
+def test_a2a_agent_takes_up_the_task_of_a_stopped_runtime(tmp_path: Path) -> None:
+    """The task goes on while nobody is there; nothing is sent again."""
+    done = asyncio.Event()
+    remote = Remote(work_until(done))
+
+    async def check(agent: A2AAgent) -> None:
+        place = tmp_path / "runs.db"
+        async with runtime(place, agent) as there:
+            run = await there.start("work")
+
+            async def known() -> bool:
+                return await there.store.read_latest_log(run.id, "a2a_task") is not None
+
+            await there.until(known)
+        assert not remote.cancelled
+        again = A2AAgent(agent._options)
+        async with runtime(place, again) as there:
+            done.set()
+            assert (await there.until_status(run, RunStatus.COMPLETED)).turn.output == "first, then"
+        await again.close()
+        assert len(remote.heard) == 1
 
     with_agent(remote, check)
 

@@ -998,6 +998,30 @@ def test_drain_gives_running_turns_back_uncounted(path: Path, kind: type[Scripte
     run_async(main())
 
 
+@pytest.mark.parametrize(
+    ("end", "repeatable", "goes_on"), [("drain", True, True), ("drain", False, False), ("cancel", True, False)]
+)
+def test_agent_is_told_whether_its_turn_goes_on(path: Path, end: str, repeatable: bool, goes_on: bool) -> None:
+    """After a stop it does, if it may be begun again; after a cancel it does not."""
+    told: list[bool] = []
+
+    async def script(turn: TurnContext) -> AsyncGenerator[AgentOutput]:
+        yield Message("one")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            told.append(turn.goes_on)
+
+    async def main() -> None:
+        async with runtime(path, ScriptedAgent(script, repeatable=repeatable)) as rt:
+            run = await rt.start()
+            await until_said(rt, run, "one")
+            await (rt.executor.drain(0) if end == "drain" else rt.cancel(run))
+            await eventually(lambda: told == [goes_on])
+
+    run_async(main())
+
+
 def test_drain_lets_turns_end_within_the_grace_period(path: Path, kind: type[ScriptedAgent]) -> None:
     """A turn that ends by itself is completed, and drain returns as soon as nothing runs."""
 

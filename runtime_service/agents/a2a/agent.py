@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 class A2AAgent(Agent):
     """Texts of artifacts and messages are messages, other parts and status messages are logs, `input-required` asks.
 
-    A turn may be begun again when its runtime was lost: the task goes on without it, and is taken up where it is. Only
-    where the log does not have the task yet is the message sent again, under the same id, by which an agent can tell.
-    So it is where the task was cancelled meanwhile: that is what a runtime does that is stopped in order.
+    A turn may be begun again when its runtime was lost or stopped: the task goes on without it, and is taken up where
+    it is. Only where the log does not have the task yet is the message sent again, under the same id, by which an agent
+    can tell; and under another one where the task was cancelled meanwhile.
     """
 
     Options = A2AOptions

@@ -29,7 +29,7 @@ _LASTING_SECONDS = 10.0
 
 
 async def converse(connection: Connection, options: A2AOptions, turn: TurnContext) -> AsyncGenerator[AgentSays]:
-    """Give what the agent says in this turn. A task that is still open when this ends is cancelled."""
+    """Give what the agent says in this turn. Its end cancels an open task, unless the turn goes on."""
     remembered = await _remembered(turn, options)
     updates = Updates(options, turn.turn, remembered)
     # The same in each attempt: an agent that has the message already can tell.
@@ -72,14 +72,15 @@ async def converse(connection: Connection, options: A2AOptions, turn: TurnContex
                 responses = _send(connection, updates, answer.text, uuid.uuid4().hex)
             lost = None
     finally:
-        if updates.task_is_open and updates.task_id is not None:
+        if updates.task_is_open and updates.task_id is not None and not turn.goes_on:
             await _cancel(connection, updates.task_id)
 
 
 async def _remembered(turn: TurnContext, options: A2AOptions) -> dict[str, Any]:
-    """Return what the log has of the run's newest task, if it was with the same agent."""
-    if turn.turn == 1 and turn.attempt == 1:
-        return {}
+    """Return what the log has of the run's newest task, if it was with the same agent.
+
+    Also in what seems to be the first attempt: one of a service that was stopped in order is not counted.
+    """
     kept = await turn.latest_log(TASK_LOG)
     known = {} if kept is None else dict(kept.metadata or {})
     return known if known.get("url") == options.url else {}
