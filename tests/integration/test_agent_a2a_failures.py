@@ -472,6 +472,29 @@ def test_a2a_agent_takes_up_a_stream_that_is_cut(cleanly: bool) -> None:
 
 
 @pytest.mark.usefixtures("_brief_pauses")
+@pytest.mark.parametrize("refusal", [-32601, -32004, 404])
+def test_a2a_agent_polls_a_task_whose_stream_cannot_be_taken_up(refusal: int) -> None:
+    """Some agents stream only what they are asked at the time: they know no such method, or have no such address."""
+    methods: list[str] = []
+
+    async def handle(request: web.Request, call: dict[str, Any]) -> web.StreamResponse:
+        methods.append(call["method"])
+        match call["method"]:
+            case "SendStreamingMessage":
+                return await begin_stream(request, WORKING)
+            case "SubscribeToTask" if refusal > 0:
+                return web.Response(status=refusal)
+            case "SubscribeToTask":
+                return web.json_response({"error": {"code": refusal, "message": "no"}})
+        artifacts = [piece("there")["artifactUpdate"]["artifact"]]
+        task = WORKING["task"] | {"status": {"state": "TASK_STATE_COMPLETED"}, "artifacts": artifacts}
+        return web.json_response({"result": task})
+
+    assert messages_of(handle) == ["there"]
+    assert methods == ["SendStreamingMessage", "SubscribeToTask", "GetTask"]
+
+
+@pytest.mark.usefixtures("_brief_pauses")
 def test_a2a_agent_fails_on_a_stream_that_is_always_cut() -> None:
     """After a few times in a row the turn fails as AGENT_STREAM_CUT."""
     methods: list[str] = []
