@@ -268,7 +268,9 @@ def test_a2a_agent_translates_errors_and_keeps_secrets(
 ) -> None:
     """An error of the protocol has a code; a secret that the agent repeats is in neither message nor log."""
     monkeypatch.setenv(VARIABLE, f" {SECRET}\n")
-    error = {"code": number, "message": "x" * 290 + f" no good: {SECRET}"}
+    # The second one is where the message is cut.
+    text = f"no good: {SECRET} ".ljust(290, "x") + SECRET
+    error = {"code": number, "message": text}
     body = json.dumps({"jsonrpc": "2.0", "id": 1, "error": error})
     with caplog.at_level(logging.INFO):
         failure = failure_of(streaming(body) if stream else answering(body=body), api_key_env=VARIABLE)
@@ -470,6 +472,29 @@ def test_a2a_agent_takes_up_a_stream_that_is_cut(cleanly: bool) -> None:
 
 
 @pytest.mark.usefixtures("_brief_pauses")
+@pytest.mark.parametrize("refusal", [-32601, -32004, 404])
+def test_a2a_agent_polls_a_task_whose_stream_cannot_be_taken_up(refusal: int) -> None:
+    """Some agents stream only what they are asked at the time: they know no such method, or have no such address."""
+    methods: list[str] = []
+
+    async def handle(request: web.Request, call: dict[str, Any]) -> web.StreamResponse:
+        methods.append(call["method"])
+        match call["method"]:
+            case "SendStreamingMessage":
+                return await begin_stream(request, WORKING)
+            case "SubscribeToTask" if refusal > 0:
+                return web.Response(status=refusal)
+            case "SubscribeToTask":
+                return web.json_response({"error": {"code": refusal, "message": "no"}})
+        artifacts = [piece("there")["artifactUpdate"]["artifact"]]
+        task = WORKING["task"] | {"status": {"state": "TASK_STATE_COMPLETED"}, "artifacts": artifacts}
+        return web.json_response({"result": task})
+
+    assert messages_of(handle) == ["there"]
+    assert methods == ["SendStreamingMessage", "SubscribeToTask", "GetTask"]
+
+
+@pytest.mark.usefixtures("_brief_pauses")
 def test_a2a_agent_fails_on_a_stream_that_is_always_cut() -> None:
     """After a few times in a row the turn fails as AGENT_STREAM_CUT."""
     methods: list[str] = []
@@ -579,6 +604,70 @@ def test_a2a_agent_sends_a_lost_message_again_only_once() -> None:
 
     assert run_async(run()) == "AGENT_CANCELLED"
     assert methods == ["SubscribeToTask", "SendStreamingMessage"]
+
+
+def test_a2a_agent_reads_an_old_card_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An agent that has moved is found; one that has not is not asked for its card in each turn."""
+    cards = 0
+
+    async def card(request: web.Request) -> web.StreamResponse:
+        nonlocal cards
+        cards += 1
+        return await give_card(request)
+
+    async def run() -> None:
+        async with serving(streaming(WORKING, COMPLETED), card) as url:
+            agent = A2AAgent(A2AOptions(url))
+            for seconds in (300.0, 300.0, -1.0):
+                monkeypatch.setattr(a2a_connection, "_CARD_SECONDS", seconds)
+                async for _ in agent.run(TurnContext(input="hi", metadata={})):
+                    pass
+            await agent.close()
+
+    run_async(run())
+    assert cards == 2
+
+
+def test_a2a_agent_reads_the_card_for_all_who_wait() -> None:
+    """A turn that is cancelled meanwhile takes nothing from the others."""
+    asked, given = asyncio.Event(), asyncio.Event()
+    cards = 0
+
+    async def card(request: web.Request) -> web.StreamResponse:
+        nonlocal cards
+        cards += 1
+        asked.set()
+        await given.wait()
+        return await give_card(request)
+
+    async def run() -> None:
+        async with serving(streaming(WORKING, COMPLETED), card) as url:
+            agent = A2AAgent(A2AOptions(url))
+            first, second = (
+                asyncio.ensure_future(anext(agent.run(TurnContext(input="hi", metadata={})))) for _ in range(2)
+            )
+            await asked.wait()
+            first.cancel()
+            await asyncio.wait([first])
+            given.set()
+            assert await second
+            await agent.close()
+
+    run_async(run())
+    assert cards == 1
+
+
+def test_a2a_agent_does_not_cancel_what_a_message_ends() -> None:
+    """With a message an agent has said all, whatever task it had told of before."""
+    methods: list[str] = []
+
+    async def handle(request: web.Request, call: dict[str, Any]) -> web.StreamResponse:
+        methods.append(call["method"])
+        message = {"message": {"messageId": "m", "taskId": "t", "parts": [{"text": "hello"}]}}
+        return await begin_stream(request, WORKING, message)
+
+    assert messages_of(handle) == ["hello"]
+    assert methods == ["SendStreamingMessage"]
 
 
 def test_a2a_agent_is_closed_while_it_waits_for_a_card() -> None:

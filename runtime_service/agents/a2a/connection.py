@@ -297,8 +297,6 @@ class _BoundedStream(httpx.AsyncByteStream):
                 chunk, begun = _escaped(begun + chunk)
             if chunk:
                 yield chunk
-        if begun:
-            yield begun
 
     async def aclose(self) -> None:
         await self._stream.aclose()

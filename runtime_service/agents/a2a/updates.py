@@ -74,7 +74,6 @@ class Updates:
         self.settled = False
         self.task_is_open = False
         self._last_status: TaskStatus | None = None
-        self._was_answered = False
         self._told: dict[str, tuple[int, int]] = {}  # by artifact: characters of text, other parts
         self._making: dict[str, Any] | None = None  # metadata of the message in the making
         self._texts: list[str] = []
@@ -99,7 +98,6 @@ class Updates:
         """The question was answered: what comes next are the responses to that."""
         self.question = None
         self.settled = False
-        self._was_answered = True
 
     def add(self, response: StreamResponse) -> tuple[AgentOutput, ...]:
         """Take a response; return what it says. Raises AgentError for one that says nothing."""
@@ -123,8 +121,8 @@ class Updates:
             case "status_update":
                 update = response.status_update
                 self._remember(update.task_id, update.context_id, outputs)
-                if self._was_answered and update.status.state == TaskState.TASK_STATE_INPUT_REQUIRED:
-                    self._last_status = None  # it is no snapshot: it asks again, perhaps in the same words
+                if update.status.state == TaskState.TASK_STATE_INPUT_REQUIRED:
+                    self._last_status = None  # it is no snapshot, but asks again, perhaps in the same words
                 self._take_status(update.status, outputs)
             case "artifact_update":
                 chunk = response.artifact_update
