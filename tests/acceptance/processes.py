@@ -51,6 +51,11 @@ kind = "agent_runtime"
 agent = "python"
 options = { entrypoint = "agents_of_the_tests:failing" }
 
+[servers.asking]
+kind = "agent_runtime"
+agent = "python"
+options = { entrypoint = "agents_of_the_tests:asking" }
+
 [servers.storefront]
 kind = "web_app"
 agent_runtime = "echo"
@@ -65,7 +70,7 @@ AGENTS = """
 import asyncio
 from pathlib import Path
 
-from runtime_service.agents import AgentError, Delta, Log, Message
+from runtime_service.agents import AgentError, Delta, Log, Message, Option, OptionKind
 
 
 async def opened(gate):
@@ -83,6 +88,12 @@ async def typing(turn):
     yield Delta("half ")
     await opened(turn.input)
     yield Delta("and half")
+
+
+def asking(turn):
+    options = [Option("allow", "Allow", OptionKind.ALLOW_ONCE), Option("reject", "Reject", OptionKind.REJECT_ONCE)]
+    answer = turn.blocking_ask(f"Delete {turn.input}?", options)
+    yield f"{answer.option}: {turn.input}"
 
 
 async def failing(turn):

@@ -127,6 +127,21 @@ def test_agent_runtimes_follow_an_async_run(client: ComputerAgentsClient) -> Non
     ]
 
 
+def test_question_is_seen_and_answered(client: ComputerAgentsClient) -> None:
+    """A start that asks is answered with the question; the next input is the answer, if it names an option."""
+    resources = client.resources
+    asked = resources.start_run("asking", content="a.txt")
+    run_id = asked["run"]["id"]
+    assert (asked["run"]["status"], asked["thread"]["status"]) == ("running", "permission_asked")
+    assert asked["events"][-1]["logType"] == "permission_request"
+    assert [option["id"] for option in asked["events"][-1]["metadata"]["options"]] == ["allow", "reject"]
+    with pytest.raises(ApiClientError) as wrong:
+        resources.send_run_input("asking", run_id, content="maybe")
+    assert (wrong.value.status, wrong.value.details[0]["field"]) == (400, "content")
+    answered = resources.send_run_input("asking", run_id, content="reject")
+    assert (answered["run"]["status"], answered["run"]["output"]) == ("completed", "reject: a.txt")
+
+
 def test_stream_of_events_is_followed_live(client: ComputerAgentsClient, tmp_path: Path) -> None:
     """request_stream on the events URL: what is there, deltas and events as they come, stream.completed at the end."""
     gate = tmp_path / "gate"
