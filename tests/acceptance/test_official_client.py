@@ -137,7 +137,8 @@ def test_question_is_seen_and_answered(client: ComputerAgentsClient) -> None:
     assert [option["id"] for option in asked["events"][-1]["metadata"]["options"]] == ["allow", "reject"]
     with pytest.raises(ApiClientError) as wrong:
         resources.send_run_input("asking", run_id, content="maybe")
-    assert (wrong.value.status, wrong.value.details[0]["field"]) == (400, "content")
+    assert wrong.value.status == 400
+    assert "allow, reject" in str(wrong.value)
     answered = resources.send_run_input("asking", run_id, content="reject")
     assert (answered["run"]["status"], answered["run"]["output"]) == ("completed", "reject: a.txt")
 
