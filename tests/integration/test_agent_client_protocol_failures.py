@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import logging
 import os
 import signal
 from contextlib import aclosing
@@ -113,6 +114,21 @@ def test_agent_that_dies_while_it_asks_fails_its_turn(play: Play) -> None:
         assert caught.value.code == "AGENT_CRASHED"
 
     play(check)
+
+
+def test_agent_that_dies_with_many_questions_fails_its_turn(play: Play, caplog: pytest.LogCaptureFixture) -> None:
+    """With so many that nothing more is read from it; what it cannot be told any more is no news for the log."""
+
+    async def check(stage: Stage) -> None:
+        surroundings = Waiting()
+        turn = asyncio.create_task(stage.turn(stage.agent("unruly", "asks much"), "x", surroundings))
+        await eventually(lambda: surroundings.asked)
+        (process,) = agent_processes()
+        process.kill()
+        assert (await failure_of(turn)).code == "AGENT_CRASHED"
+
+    play(check)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_starts_at_once_are_limited(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,20 @@ class ChildTransport:
         return self._open_requests > 0
 
     async def send(self, message: dict[str, Any]) -> None:
-        """Send a message. Raises ConnectionError when the child takes none any more, or not in time."""
+        """Send a message. Raises ConnectionError when the child takes no request any more, or not in time."""
+        if "method" in message:
+            await self._write(message)
+            return
+        try:
+            await self._write(message)
+        except ConnectionError as error:
+            # Nobody waits for this; the end of the child is seen by what comes from it.
+            log.debug("an answer did not reach its agent: %s", error)
+        finally:
+            self._open_requests -= 1
+            self._request_answered.set()
+
+    async def _write(self, message: dict[str, Any]) -> None:
         # What the SDK says of wrong params may hold an exception.
         line = msgspec.json.encode(message, enc_hook=str) + b"\n"
         try:
@@ -63,10 +76,6 @@ class ChildTransport:
         except TimeoutError as error:
             self.is_not_read = True
             raise ConnectionError("the agent does not read its stdin") from error
-        finally:
-            if "method" not in message:
-                self._open_requests -= 1
-                self._request_answered.set()
 
     async def receive(self) -> dict[str, Any] | None:
         """Return the next request or response; None at the end of the stream, or where it is broken."""
@@ -78,9 +87,8 @@ class ChildTransport:
 
     async def _next(self) -> dict[str, Any] | None:
         while True:
-            while self._open_requests >= _MAX_OPEN_REQUESTS:
-                self._request_answered.clear()
-                await self._request_answered.wait()
+            while self._open_requests >= _MAX_OPEN_REQUESTS and self._child.exit_status is None:
+                await self._until_answered_or_ended()
             try:
                 line = await self._child.read_line()
             except LineTooLong:
@@ -104,6 +112,15 @@ class ChildTransport:
 
     async def close(self) -> None:
         """Do nothing: whoever started the child ends it."""
+
+    async def _until_answered_or_ended(self) -> None:
+        self._request_answered.clear()
+        waiting = [asyncio.create_task(each) for each in (self._request_answered.wait(), self._child.wait())]
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for each in waiting:
+                each.cancel()
 
     def _decode(self, line: bytes) -> dict[str, Any] | None:
         """Return a message; None for a stray line, of which one too many breaks the stream."""
