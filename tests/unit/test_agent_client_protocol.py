@@ -143,6 +143,9 @@ def test_options_make_one_directory_of_each_run(monkeypatch: pytest.MonkeyPatch,
         path.mkdir(parents=True)
     assert directory_of("run_1", "../..").parent.parent == tmp_path / "work"
     assert options.common_directory() == tmp_path / "work"
+    # An id of somebody else's choice at the beginning is no home either.
+    options = options_of(working_directory="{server_id}/{run_id}")
+    assert [directory_of("r", server_id).parent.parent for server_id in ("~", "~root", "~root/x")] == [tmp_path] * 3
 
 
 # Updates
@@ -501,6 +504,14 @@ def test_files_that_are_none_or_too_large_are_refused(tmp_path: Path) -> None:
             directory.read_text(name, None, None)
         assert words in str(refused.value)
     assert directory.read_text("large", 1_000_000, 1) == "line\n"
+    (directory.path / "long lines").write_text(f"{'x' * 5 * MIB}\nsecond\n")
+    assert directory.read_text("long lines", 2, 1) == "second\n"
+    # It takes no room on the disk, and minutes to read.
+    (directory.path / "endless").touch()
+    os.truncate(directory.path / "endless", 1 << 40)
+    for line in (None, 2):
+        with pytest.raises(Refused):
+            directory.read_text("endless", line, 1)
     with pytest.raises(Refused):
         directory.write_text("x", "x" * 5 * MIB)
     with pytest.raises((Refused, OSError)):

@@ -168,7 +168,8 @@ def _until_placeholder(parts: tuple[str, ...]) -> list[str]:
 
 
 def _file_name(value: str) -> str:
-    name = quote(value, safe="")
+    # A ~ at the beginning of a path is somebody's home.
+    name = quote(value, safe="").replace("~", "%7E")
     if name.strip(".") == "":
         name = "%2E" * len(name) or "-"
     if len(name) > _MAX_NAME_CHARACTERS:
