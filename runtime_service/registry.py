@@ -3,6 +3,7 @@
 Kinds of agents are those built in and those of other packages, which offer them as entry points.
 """
 
+import asyncio
 import os
 import sys
 import tomllib
@@ -111,8 +112,7 @@ class Registry:
 
     async def close(self) -> None:
         """Close every agent."""
-        for server in self._servers.values():
-            await server.agent.close()
+        await asyncio.gather(*(server.agent.close() for server in self._servers.values()))
 
 
 def load_registry(path: Path | None) -> Registry:
