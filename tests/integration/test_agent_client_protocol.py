@@ -193,6 +193,24 @@ def test_session_that_cannot_be_opened_again_begins_with_the_history(play: Play,
     play(check)
 
 
+def test_session_that_was_told_nothing_yet_is_not_used(play: Play) -> None:
+    """The history could not be read; when it can, it is given to the agent."""
+
+    class Forgetful(GivenSurroundings):
+        async def history(self) -> list[HistoryMessage]:
+            raise OSError
+
+    async def check(stage: Stage) -> None:
+        agent = stage.agent("obedient")
+        with pytest.raises(OSError):  # noqa: PT011 - as it is raised
+            await stage.turn(agent, "x", Forgetful(), turn=2)
+        surroundings = GivenSurroundings([HistoryMessage(EventRole.USER, "my name is Ada")])
+        said = await stage.turn(agent, [{"do": "context"}], surroundings, turn=3)
+        assert "User: my name is Ada" in text_of(said)
+
+    play(check)
+
+
 def test_mode_and_model_are_set_where_they_are_offered(play: Play) -> None:
     """By id or by name."""
 

@@ -125,18 +125,20 @@ class AgentClientProtocolAgent(Agent):
             known = await turn.latest_log(_SESSION_LOG)
         metadata = dict(known.metadata or {}) if known is not None else {}
         if run.session is not None:
-            if run.session.is_alive and metadata.get("connection", run.connection) == run.connection:
+            is_newest = run.connection and metadata.get("connection", run.connection) == run.connection
+            if run.session.is_alive and is_newest:
                 return [turn.input], None
-            # It has ended, or another process has had turns that this one knows nothing of.
+            # It has ended, or another process has had turns that this one knows nothing of; or it was told nothing yet.
             run.settling = self._spawn(self._end(run))
             await run.settled()
         path = self._options.directory_of(run_id=turn.run_id, server_id=turn.server_id, thread_id=turn.thread_id)
+        run.connection = ""
         how = await self._open(run, path, metadata)
-        run.connection = secrets.token_hex(8)
         texts = [turn.input]
         if how == "new" and (turn.turn > 1 or turn.attempt > 1) and (history := await turn.history()):
             how = "history"
             texts = [history_text(history), turn.input]
+        run.connection = secrets.token_hex(8)
         return texts, self._news(run, how)
 
     async def _open(self, run: "_Run", path: Path, known: Mapping[str, Any]) -> str:
