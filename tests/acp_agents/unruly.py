@@ -86,6 +86,9 @@ def prompt(way: str, number: int) -> None:
             for _ in range(1_000):
                 write("a line that somebody printed")
             return
+        case "many values":
+            update({"sessionUpdate": "plan", "entries": [0] * 2_000_000})
+            return
         case "long line":
             write("x" * (9 << 20))
             return

@@ -177,6 +177,7 @@ def test_cancel_while_the_process_starts_ends_it(play: Play) -> None:
         ("wrong error", {}, "AGENT_PROTOCOL_ERROR", "an error that is none"),
         ("broken", {}, "AGENT_PROTOCOL_ERROR", "broken JSON"),
         ("noise", {}, "AGENT_PROTOCOL_ERROR", "'a line that somebody printed'"),
+        ("many values", {}, "AGENT_PROTOCOL_ERROR", "more than 100,000 values"),
         ("long line", {}, "AGENT_PROTOCOL_ERROR", "more than 8,388,608 bytes"),
         ("closes", {}, "AGENT_CRASHED", "closed its output"),
         ("hangs", {"silence_seconds": 0.2}, "AGENT_SILENT", "silent for 0.2 s (silence_seconds)"),

@@ -23,6 +23,8 @@ _MAX_STRAY_LINES = 100
 _MAX_OPEN_REQUESTS = 64
 _WRITE_SECONDS = 10.0
 _SHOWN_BYTES = 100
+_MANY_BYTES = 1 << 18
+_MAX_VALUES = 100_000
 
 OnUpdate = Callable[[Any], Awaitable[None]]
 """Takes the params of a `session/update`."""
@@ -137,6 +139,9 @@ class ChildTransport:
         if isinstance(message, dict) and _is_message(message):
             if not isinstance(message.get("error", {}), dict | None):
                 self.broken = f"it answered with an error that is none: {_shown(text)}"
+            elif len(text) > _MANY_BYTES and _has_too_many_values(message):
+                # The SDK would look at each of them, for seconds.
+                self.broken = f"it wrote a message of more than {_MAX_VALUES:,} values: {_shown(text)}"
             return message
         self._stray_lines += 1
         if self._stray_lines > _MAX_STRAY_LINES:
@@ -159,6 +164,19 @@ def _is_message(message: dict[str, Any]) -> bool:
     if "method" in message:
         return isinstance(message["method"], str) and isinstance(message.get("id", 0), int | str | None)
     return isinstance(message.get("id"), int | str) and ("result" in message or "error" in message)
+
+
+def _has_too_many_values(message: dict[str, Any]) -> bool:
+    left: list[Any] = [message]
+    count = 0
+    while left:
+        value = left.pop()
+        if isinstance(value, dict | list):
+            count += len(value)
+            if count > _MAX_VALUES:
+                return True
+            left += value.values() if isinstance(value, dict) else value
+    return False
 
 
 def _shown(text: bytes) -> str:
