@@ -3,6 +3,7 @@
 Kinds of agents are those built in and those of other packages, which offer them as entry points.
 """
 
+import asyncio
 import logging
 import os
 import sys
@@ -114,8 +115,7 @@ class Registry:
 
     async def close(self) -> None:
         """Close every agent."""
-        for server in self._servers.values():
-            await server.agent.close()
+        await asyncio.gather(*(server.agent.close() for server in self._servers.values()))
 
 
 def load_registry(path: Path | None) -> Registry:

@@ -73,12 +73,21 @@ def prompt(way: str, number: int) -> None:
             answers = [json.loads(sys.stdin.readline()) for _ in range(300)]
             counted = len({answer["id"] for answer in answers if answer["error"]["code"] == -32002})
             update(_UPDATE | {"content": {"type": "text", "text": f"{counted} answers, "}})
+        case "asks much":
+            option = {"optionId": "yes", "name": "Yes", "kind": "allow_once"}
+            for n in range(100):
+                params = {"sessionId": "s", "toolCall": {"toolCallId": str(n)}, "options": [option]}
+                send({"id": f"r{n}", "method": "session/request_permission", "params": params})
+            time.sleep(600)
         case "chatty":
             for n in range(3):
                 write(f"a line of {n} that somebody printed, \x00 and {{'a': 1}}")
         case "noise":
             for _ in range(1_000):
                 write("a line that somebody printed")
+            return
+        case "many values":
+            update({"sessionUpdate": "plan", "entries": [0] * 2_000_000})
             return
         case "long line":
             write("x" * (9 << 20))

@@ -193,6 +193,24 @@ def test_session_that_cannot_be_opened_again_begins_with_the_history(play: Play,
     play(check)
 
 
+def test_session_that_was_told_nothing_yet_is_not_used(play: Play) -> None:
+    """The history could not be read; when it can, it is given to the agent."""
+
+    class Forgetful(GivenSurroundings):
+        async def history(self) -> list[HistoryMessage]:
+            raise OSError
+
+    async def check(stage: Stage) -> None:
+        agent = stage.agent("obedient")
+        with pytest.raises(OSError):  # noqa: PT011 - as it is raised
+            await stage.turn(agent, "x", Forgetful(), turn=2)
+        surroundings = GivenSurroundings([HistoryMessage(EventRole.USER, "my name is Ada")])
+        said = await stage.turn(agent, [{"do": "context"}], surroundings, turn=3)
+        assert "User: my name is Ada" in text_of(said)
+
+    play(check)
+
+
 def test_mode_and_model_are_set_where_they_are_offered(play: Play) -> None:
     """By id or by name."""
 
@@ -281,6 +299,41 @@ def test_directory_of_a_run_stays_unless_its_removal_is_asked_for(play: Play) ->
             await stage.turn(removing, "x", run_id=run_id)
         await stage.close()
         assert sorted(path.name for path in work.iterdir()) == ["kept", "there"]
+
+    play(check)
+
+
+def test_directory_of_a_turn_is_not_removed_by_an_earlier_idle_end(play: Play) -> None:
+    """A turn came while the run was being ended, and was cancelled before that was done."""
+
+    async def check(stage: Stage) -> None:
+        agent = stage.agent("obedient", idle_seconds=0.5, remove_working_directory=True)
+        surroundings = GivenSurroundings(logs={"session": session_of(await stage.turn(agent, "x"))})
+        await eventually(lambda: agent._runs["run_1"].idle is None)
+        stopped = asyncio.create_task(stage.turn(agent, "x", surroundings, turn=2))
+        await asyncio.sleep(0)
+        stopped.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await stopped
+        await eventually(lambda: not agent_processes())
+        run = agent._runs["run_1"]
+        steps = [{"do": "terminal", "command": "sleep 1; pwd"}]
+        assert str(stage.folder / "work" / "run_1") in text_of(await stage.turn(agent, steps, surroundings, turn=3))
+        assert agent._runs == {"run_1": run}
+
+    play(check)
+
+
+def test_warm_processes_are_waited_for_outside_of_the_starts_at_once(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a turn that starts could wait for a process that waits for it."""
+    monkeypatch.setattr("runtime_service.agents.agent_client_protocol.agent._STARTS_AT_ONCE", 1)
+
+    async def check(stage: Stage) -> None:
+        agent = stage.agent("obedient", warm_processes=2)
+        turns = [stage.turn(agent, "hello", run_id=f"run_{number}") for number in range(4)]
+        assert [text_of(said) for said in await asyncio.gather(*turns)] == ["hello"] * 4
 
     play(check)
 

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import logging
 import os
 import signal
 from contextlib import aclosing
@@ -115,6 +116,21 @@ def test_agent_that_dies_while_it_asks_fails_its_turn(play: Play) -> None:
     play(check)
 
 
+def test_agent_that_dies_with_many_questions_fails_its_turn(play: Play, caplog: pytest.LogCaptureFixture) -> None:
+    """With so many that nothing more is read from it; what it cannot be told any more is no news for the log."""
+
+    async def check(stage: Stage) -> None:
+        surroundings = Waiting()
+        turn = asyncio.create_task(stage.turn(stage.agent("unruly", "asks much"), "x", surroundings))
+        await eventually(lambda: surroundings.asked)
+        (process,) = agent_processes()
+        process.kill()
+        assert (await failure_of(turn)).code == "AGENT_CRASHED"
+
+    play(check)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
 def test_starts_at_once_are_limited(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others wait, and their time to start has not begun yet."""
     monkeypatch.setattr("runtime_service.agents.agent_client_protocol.agent._STARTS_AT_ONCE", 1)
@@ -161,6 +177,7 @@ def test_cancel_while_the_process_starts_ends_it(play: Play) -> None:
         ("wrong error", {}, "AGENT_PROTOCOL_ERROR", "an error that is none"),
         ("broken", {}, "AGENT_PROTOCOL_ERROR", "broken JSON"),
         ("noise", {}, "AGENT_PROTOCOL_ERROR", "'a line that somebody printed'"),
+        ("many values", {}, "AGENT_PROTOCOL_ERROR", "more than 100,000 values"),
         ("long line", {}, "AGENT_PROTOCOL_ERROR", "more than 8,388,608 bytes"),
         ("closes", {}, "AGENT_CRASHED", "closed its output"),
         ("hangs", {"silence_seconds": 0.2}, "AGENT_SILENT", "silent for 0.2 s (silence_seconds)"),

@@ -1,6 +1,7 @@
 """What an agent that speaks the Agent Client Protocol may ask for: permissions, answers, files, terminals."""
 
 import json
+import logging
 import sys
 from typing import Any
 
@@ -135,6 +136,22 @@ def test_terminals_run_in_the_directory(play: Play) -> None:
         assert log.metadata["terminals"][0]["output"] == "seen\n"
 
     play(check)
+
+
+def test_terminals_that_end_or_are_asked_for_strangely(play: Play, caplog: pytest.LogCaptureFixture) -> None:
+    """The agent is told so, and the log of the service says nothing."""
+
+    async def check(stage: Stage) -> None:
+        agent = stage.agent("obedient")
+        said = await stage.turn(agent, [{"do": "terminal", "command": "kill -40 $$"}])
+        assert json.loads(text_of(said))[:2] == [None, "40"]
+        for name in ("", "A=B"):
+            params = {"command": "true", "env": [{"name": name, "value": "x"}]}
+            said = await stage.turn(agent, [{"do": "request", "method": "terminal/create", "params": params}])
+            assert json.loads(text_of(said))["code"] == -32602
+
+    play(check)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_terminals_end_with_the_session(play: Play) -> None:

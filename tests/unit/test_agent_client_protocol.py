@@ -7,14 +7,16 @@ from typing import Any
 
 import msgspec
 import pytest
-from acp.schema import SessionNotification, Usage
+from acp.schema import SessionNotification, ToolCallStart, Usage
 
+from runtime_service.agent_events import event_from, size_of
 from runtime_service.agents import AgentOutput, Delta, HistoryMessage, Log, Message
 from runtime_service.agents.agent_client_protocol.agent import history_text
 from runtime_service.agents.agent_client_protocol.content import MAX_JSON_BYTES
 from runtime_service.agents.agent_client_protocol.directory import Refused, WorkingDirectory
 from runtime_service.agents.agent_client_protocol.inbox import Inbox
 from runtime_service.agents.agent_client_protocol.options import AgentClientProtocolOptions
+from runtime_service.agents.agent_client_protocol.tool_calls import ToolCall
 from runtime_service.agents.agent_client_protocol.updates import MAX_TEXT_CHARACTERS, UPDATES, Said, Transcript, merged
 from runtime_service.runs import EventRole, LogLevel
 from tests.support import run_async
@@ -143,6 +145,9 @@ def test_options_make_one_directory_of_each_run(monkeypatch: pytest.MonkeyPatch,
         path.mkdir(parents=True)
     assert directory_of("run_1", "../..").parent.parent == tmp_path / "work"
     assert options.common_directory() == tmp_path / "work"
+    # An id of somebody else's choice at the beginning is no home either.
+    options = options_of(working_directory="{server_id}/{run_id}")
+    assert [directory_of("r", server_id).parent.parent for server_id in ("~", "~root", "~root/x")] == [tmp_path] * 3
 
 
 # Updates
@@ -318,6 +323,24 @@ def test_tool_call_is_cut_where_it_is_large() -> None:
     assert metadata["diffsLeftOut"] == 12
     assert "[cut: " in metadata["diffs"][0]["diff"]
     assert len(msgspec.json.encode(metadata)) < MIB // 2
+
+
+@pytest.mark.parametrize("character", ["\U0001f600", "\x01"])
+def test_events_have_room_for_any_characters(character: str) -> None:
+    """A character may have six bytes: in the log an entry has at most a MiB all the same."""
+    large = character * 20_000
+    diffs = [{"type": "diff", "path": large, "newText": large}] * 9
+    link = {"type": "resource_link", "uri": large, "name": large}
+    terminals = [{"type": "terminal", "terminalId": str(number)} for number in range(9)]
+    content = [*diffs, *terminals, {"type": "content", "content": link}]
+    made = ToolCall("1")
+    parsed = UPDATES["tool_call"].model_validate(call(new=True, title=large, content=content, rawInput={"a": large}))
+    assert isinstance(parsed, ToolCallStart)
+    made.learn(parsed)
+    messages = outputs_of(chunk(character * (MAX_TEXT_CHARACTERS - 10_000)), *[chunk(link) for _ in range(60)])
+    for output in (made.log(lambda _: character * 8_192), *messages):
+        if isinstance(output, Log | Message):
+            size_of(event_from(output))
 
 
 def test_tool_call_is_cut_where_it_is_deep() -> None:
@@ -501,6 +524,14 @@ def test_files_that_are_none_or_too_large_are_refused(tmp_path: Path) -> None:
             directory.read_text(name, None, None)
         assert words in str(refused.value)
     assert directory.read_text("large", 1_000_000, 1) == "line\n"
+    (directory.path / "long lines").write_text(f"{'x' * 5 * MIB}\nsecond\n")
+    assert directory.read_text("long lines", 2, 1) == "second\n"
+    # It takes no room on the disk, and minutes to read.
+    (directory.path / "endless").touch()
+    os.truncate(directory.path / "endless", 1 << 40)
+    for line in (None, 2):
+        with pytest.raises(Refused):
+            directory.read_text("endless", line, 1)
     with pytest.raises(Refused):
         directory.write_text("x", "x" * 5 * MIB)
     with pytest.raises((Refused, OSError)):

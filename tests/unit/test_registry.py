@@ -9,8 +9,8 @@ import pytest
 from runtime_service.agents.echo import EchoAgent
 from runtime_service.agents.python import PythonAgent
 from runtime_service.errors import ServerNotFound
-from runtime_service.registry import AGENT_KINDS, ConfigurationError, Registry, load_registry
-from tests.support import run_async
+from runtime_service.registry import AGENT_KINDS, ConfigurationError, Registry, Server, load_registry
+from tests.support import eventually, run_async
 
 GOOD = """
 [servers.echo]
@@ -122,6 +122,20 @@ options = { entrypoint = "agents_beside_the_file:reviewer" }
     assert isinstance(registry.resolve("default", "mine", connected=False).agent, PythonAgent)
     assert sys.path[-1] == str(tmp_path)
     sys.modules.pop("agents_beside_the_file")
+
+
+def test_registry_closes_its_agents_beside_each_other() -> None:
+    """One that takes its time does not take that of the others."""
+
+    class Patient(EchoAgent):
+        waiting = 0
+
+        async def close(self) -> None:
+            Patient.waiting += 1
+            await eventually(lambda: Patient.waiting == 2)
+
+    agents = {name: Server(name, "default", Patient(EchoAgent.Options()), 60) for name in ("one", "two")}
+    run_async(Registry(agents, {}).close())
 
 
 def server(fields: str, name: str = "mine") -> str:

@@ -125,22 +125,26 @@ class AgentClientProtocolAgent(Agent):
             known = await turn.latest_log(_SESSION_LOG)
         metadata = dict(known.metadata or {}) if known is not None else {}
         if run.session is not None:
-            if run.session.is_alive and metadata.get("connection", run.connection) == run.connection:
+            is_newest = run.connection and metadata.get("connection", run.connection) == run.connection
+            if run.session.is_alive and is_newest:
                 return [turn.input], None
-            # It has ended, or another process has had turns that this one knows nothing of.
+            # It has ended, or another process has had turns that this one knows nothing of; or it was told nothing yet.
             run.settling = self._spawn(self._end(run))
             await run.settled()
         path = self._options.directory_of(run_id=turn.run_id, server_id=turn.server_id, thread_id=turn.thread_id)
+        run.connection = ""
         how = await self._open(run, path, metadata)
-        run.connection = secrets.token_hex(8)
         texts = [turn.input]
         if how == "new" and (turn.turn > 1 or turn.attempt > 1) and (history := await turn.history()):
             how = "history"
             texts = [history_text(history), turn.input]
+        run.connection = secrets.token_hex(8)
         return texts, self._news(run, how)
 
     async def _open(self, run: "_Run", path: Path, known: Mapping[str, Any]) -> str:
         """Give the run a process with an open session, an earlier one where it is known; return how it was opened."""
+        # Not while one of the starts at once is taken: what is being started ahead may wait for one, too.
+        await self._take_warm(run)
         try:
             async with self._starts, asyncio.timeout(self._options.start_seconds):
                 directory = run.directory = await self._directory(path)
@@ -178,23 +182,23 @@ class AgentClientProtocolAgent(Agent):
         level = LogLevel.WARNING if how == "history" else LogLevel.INFO
         return Log(words[how], level, _SESSION_LOG, metadata)
 
-    async def _launched(self, run: "_Run", path: Path) -> Session:
-        """Give the run a process that is initialized, a warm one where there is one."""
-        session = None
+    async def _take_warm(self, run: "_Run") -> None:
+        """Give the run a warm process where there is one, and see to the next one."""
         if self._warm:
             warm = self._warm.pop(0)
             try:
-                session = await asyncio.shield(warm)
+                run.session = await asyncio.shield(warm)
             except asyncio.CancelledError:
                 self._spawn(_end_warm(warm))
                 raise
-            if session is not None and not session.is_alive:
-                self._spawn(session.end())
-                session = None
         self._warm_up()
-        if session is not None:
-            run.session = session
-            return session
+
+    async def _launched(self, run: "_Run", path: Path) -> Session:
+        """Return the run's process, which is initialized: the warm one if it lives, else a new one."""
+        if (warm := run.session) is not None:
+            if warm.is_alive:
+                return warm
+            self._spawn(warm.end())
         run.session = session = await Session.launch(self._options, path)
         await session.initialize()
         return session
@@ -262,7 +266,8 @@ class AgentClientProtocolAgent(Agent):
         run.settling.add_done_callback(lambda _: self._forget(run_id, run))
 
     def _forget(self, run_id: str, run: "_Run") -> None:
-        if not run.busy and self._runs.get(run_id) is run:
+        # Neither where a turn has come meanwhile, nor where one has come and gone.
+        if not run.busy and run.idle is None and self._runs.get(run_id) is run:
             del self._runs[run_id]
 
     async def _retire(self, run: "_Run", before: "asyncio.Task[None] | None") -> None:

@@ -5,7 +5,6 @@ called by the SDK, each in a task of its own, and take keyword arguments of whic
 """
 
 import asyncio
-import signal
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
@@ -37,6 +36,7 @@ from acp.schema import (
 
 from runtime_service.agents.agent_client_protocol.content import cut
 from runtime_service.agents.agent_client_protocol.directory import Refused, WorkingDirectory
+from runtime_service.agents.agent_client_protocol.failures import signal_name
 from runtime_service.agents.agent_client_protocol.options import AgentClientProtocolOptions
 from runtime_service.agents.agent_client_protocol.terminals import Terminals
 from runtime_service.agents.agent_client_protocol.tool_calls import ToolCall
@@ -275,4 +275,4 @@ def _found(terminals: Terminals, terminal_id: str) -> Any:
 def _exit(status: int) -> dict[str, Any]:
     if status >= 0:
         return {"exit_code": status, "signal": None}
-    return {"exit_code": None, "signal": signal.Signals(-status).name}
+    return {"exit_code": None, "signal": signal_name(-status)}

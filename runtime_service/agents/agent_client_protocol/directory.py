@@ -6,6 +6,7 @@ import stat
 from pathlib import Path
 
 _MAX_FILE_BYTES = 4 << 20
+_MAX_SKIPPED_BYTES = 256 << 20
 
 
 class Refused(Exception):
@@ -54,16 +55,20 @@ class WorkingDirectory:
         with open(descriptor, "rb") as file:
             _check_regular(path, os.fstat(descriptor).st_mode)
             parts: list[bytes] = []
-            size = 0
+            number = 1
+            size = skipped = 0
             last = None if limit is None else (line or 1) + limit
-            for number, text in enumerate(iter(lambda: file.readline(_MAX_FILE_BYTES), b""), 1):
-                if last is not None and number >= last:
-                    break
+            while (last is None or number < last) and (text := file.readline(_MAX_FILE_BYTES)):
                 if number >= (line or 1):
                     size += len(text)
                     if size > _MAX_FILE_BYTES:
                         raise Refused(f"{path} has more than {_MAX_FILE_BYTES} bytes; ask for it by line and limit.")
                     parts.append(text)
+                else:
+                    skipped += len(text)
+                    if skipped > _MAX_SKIPPED_BYTES:
+                        raise Refused(f"{path} has more than {_MAX_SKIPPED_BYTES} bytes before line {line}.")
+                number += text.endswith(b"\n")
         try:
             return b"".join(parts).decode()
         except UnicodeDecodeError:

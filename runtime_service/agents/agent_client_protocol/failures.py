@@ -47,7 +47,7 @@ class Failures:
         elif exit_status >= 0:
             how = f"ended with the exit status {exit_status}"
         else:
-            how = f"was ended by the signal {_signal(-exit_status)}"
+            how = f"was ended by the signal {signal_name(-exit_status)}"
         lines = [line.strip() for line in last_errors.splitlines() if line.strip()]
         said = f": {self._quoted(lines[-1])}" if lines else ""
         message = f"{self._agent} {how}{said}. Try again; if it goes on, run its command by hand."
@@ -135,7 +135,8 @@ class Failures:
         return cut(self._options.redacted(" ".join(text.split())), _MAX_QUOTED_CHARACTERS).rstrip(".")
 
 
-def _signal(number: int) -> str:
+def signal_name(number: int) -> str:
+    """Return the name of a signal; the number of one that has none, as most of the real-time ones."""
     try:
         return signal.Signals(number).name
     except ValueError:

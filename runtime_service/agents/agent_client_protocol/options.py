@@ -67,6 +67,7 @@ class AgentClientProtocolOptions(msgspec.Struct, frozen=True, forbid_unknown_fie
     `working_directory`, seen from where the runtime service runs, may name {run_id}, {server_id} and {thread_id}. With
     `remove_working_directory` it lives as long as the run's process: it is removed when that ends because the run is
     idle or the service stops, if it was made for the run. After a failure or a cancel it stays for the next turn.
+    It is not for replicas that share the directory: one where the run is idle does not know that it went on elsewhere.
 
     `mode` and `model` are ids or names that the agent offers; `login_method` is the id of the protocol's `authenticate`
     method, called before a session is opened, for agents that want that even where they know who uses them.
@@ -168,7 +169,8 @@ def _until_placeholder(parts: tuple[str, ...]) -> list[str]:
 
 
 def _file_name(value: str) -> str:
-    name = quote(value, safe="")
+    # A ~ at the beginning of a path is somebody's home.
+    name = quote(value, safe="").replace("~", "%7E")
     if name.strip(".") == "":
         name = "%2E" * len(name) or "-"
     if len(name) > _MAX_NAME_CHARACTERS:

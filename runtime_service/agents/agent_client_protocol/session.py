@@ -259,9 +259,7 @@ class Session:
     async def end(self) -> None:
         """End the process and all that it or its terminals have started."""
         self.is_broken = True
-        # An answer that could not be sent any more comes out here.
-        with suppress(ConnectionError):
-            await self._connection.close()
+        await self._connection.close()
         await asyncio.gather(self._client.terminals.close(), self._child.end(_END_SECONDS))
         if self._prompting is not None:
             await asyncio.wait([self._prompting])

@@ -86,6 +86,8 @@ class Terminals:
         environment = {**self._environment, **environment}
         if any("\0" in text for text in (command, *args, *environment, *environment.values())):
             raise Refused("The command or its environment has a NUL character.")
+        if any(not name or "=" in name for name in environment):
+            raise Refused("A variable of the environment has a name that is empty or has a '='.")
         self._starting += 1
         try:
             child = await ChildProcess.start(

@@ -5,6 +5,7 @@ from difflib import unified_diff
 from itertools import takewhile
 from typing import Any
 
+import msgspec
 from acp.schema import (
     ContentToolCallContent,
     FileEditToolCallContent,
@@ -24,6 +25,8 @@ _MAX_DIFF_CHARACTERS = 16_384
 _MAX_ITEMS = 8
 _MAX_LOCATIONS = 50
 _MAX_COMPARED_LINES = 2_000
+_MAX_METADATA_BYTES = 1 << 19
+_MAX_PART_BYTES = 1 << 15
 _CONTEXT_LINES = 3
 
 TerminalOutput = Callable[[str], str | None]
@@ -76,6 +79,9 @@ class ToolCall:
             {"terminalId": terminal_id, "output": output} for terminal_id, output in outputs if output is not None
         ]:
             found["terminals"] = terminals
+        # Each part is short in characters; in bytes all of them together may be more than an event has room for.
+        if len(msgspec.json.encode(found)) > _MAX_METADATA_BYTES:
+            found = {key: cut_json(value, _MAX_PART_BYTES) for key, value in found.items()}
         return found
 
     def log(self, terminal_output: TerminalOutput) -> Log:

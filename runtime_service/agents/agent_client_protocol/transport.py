@@ -23,6 +23,8 @@ _MAX_STRAY_LINES = 100
 _MAX_OPEN_REQUESTS = 64
 _WRITE_SECONDS = 10.0
 _SHOWN_BYTES = 100
+_MANY_BYTES = 1 << 18
+_MAX_VALUES = 100_000
 
 OnUpdate = Callable[[Any], Awaitable[None]]
 """Takes the params of a `session/update`."""
@@ -55,7 +57,20 @@ class ChildTransport:
         return self._open_requests > 0
 
     async def send(self, message: dict[str, Any]) -> None:
-        """Send a message. Raises ConnectionError when the child takes none any more, or not in time."""
+        """Send a message. Raises ConnectionError when the child takes no request any more, or not in time."""
+        if "method" in message:
+            await self._write(message)
+            return
+        try:
+            await self._write(message)
+        except ConnectionError as error:
+            # Nobody waits for this; the end of the child is seen by what comes from it.
+            log.debug("an answer did not reach its agent: %s", error)
+        finally:
+            self._open_requests -= 1
+            self._request_answered.set()
+
+    async def _write(self, message: dict[str, Any]) -> None:
         # What the SDK says of wrong params may hold an exception.
         line = msgspec.json.encode(message, enc_hook=str) + b"\n"
         try:
@@ -63,10 +78,6 @@ class ChildTransport:
         except TimeoutError as error:
             self.is_not_read = True
             raise ConnectionError("the agent does not read its stdin") from error
-        finally:
-            if "method" not in message:
-                self._open_requests -= 1
-                self._request_answered.set()
 
     async def receive(self) -> dict[str, Any] | None:
         """Return the next request or response; None at the end of the stream, or where it is broken."""
@@ -78,9 +89,8 @@ class ChildTransport:
 
     async def _next(self) -> dict[str, Any] | None:
         while True:
-            while self._open_requests >= _MAX_OPEN_REQUESTS:
-                self._request_answered.clear()
-                await self._request_answered.wait()
+            while self._open_requests >= _MAX_OPEN_REQUESTS and self._child.exit_status is None:
+                await self._until_answered_or_ended()
             try:
                 line = await self._child.read_line()
             except LineTooLong:
@@ -105,6 +115,15 @@ class ChildTransport:
     async def close(self) -> None:
         """Do nothing: whoever started the child ends it."""
 
+    async def _until_answered_or_ended(self) -> None:
+        self._request_answered.clear()
+        waiting = [asyncio.create_task(each) for each in (self._request_answered.wait(), self._child.wait())]
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for each in waiting:
+                each.cancel()
+
     def _decode(self, line: bytes) -> dict[str, Any] | None:
         """Return a message; None for a stray line, of which one too many breaks the stream."""
         text = line.strip()
@@ -120,6 +139,9 @@ class ChildTransport:
         if isinstance(message, dict) and _is_message(message):
             if not isinstance(message.get("error", {}), dict | None):
                 self.broken = f"it answered with an error that is none: {_shown(text)}"
+            elif len(text) > _MANY_BYTES and _has_too_many_values(message):
+                # The SDK would look at each of them, for seconds.
+                self.broken = f"it wrote a message of more than {_MAX_VALUES:,} values: {_shown(text)}"
             return message
         self._stray_lines += 1
         if self._stray_lines > _MAX_STRAY_LINES:
@@ -142,6 +164,19 @@ def _is_message(message: dict[str, Any]) -> bool:
     if "method" in message:
         return isinstance(message["method"], str) and isinstance(message.get("id", 0), int | str | None)
     return isinstance(message.get("id"), int | str) and ("result" in message or "error" in message)
+
+
+def _has_too_many_values(message: dict[str, Any]) -> bool:
+    left: list[Any] = [message]
+    count = 0
+    while left:
+        value = left.pop()
+        if isinstance(value, dict | list):
+            count += len(value)
+            if count > _MAX_VALUES:
+                return True
+            left += value.values() if isinstance(value, dict) else value
+    return False
 
 
 def _shown(text: bytes) -> str:

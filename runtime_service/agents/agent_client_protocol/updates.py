@@ -33,7 +33,7 @@ from acp.schema import (
     UserMessageChunk,
 )
 
-from runtime_service.agents.agent_client_protocol.content import cut, description_of, text_of
+from runtime_service.agents.agent_client_protocol.content import cut, cut_json, description_of, text_of
 from runtime_service.agents.agent_client_protocol.tool_calls import FINAL, TerminalOutput, ToolCall
 from runtime_service.agents.base import Delta, Log, Message
 
@@ -64,6 +64,7 @@ UPDATES: dict[str, type[SessionUpdate]] = {
 MAX_TEXT_CHARACTERS = 200_000
 """A message or thought that is longer becomes several: an event has room for a MiB."""
 _MAX_BLOCKS = 50
+_MAX_BLOCKS_BYTES = 1 << 16
 _MAX_OPEN_TOOL_CALLS = 64
 _MAX_ENDED_TOOL_CALLS = 1_024
 _MAX_PLANS = 16
@@ -191,7 +192,7 @@ class Transcript:
         self._texts, self._blocks, self._characters = [], [], 0
         if not text:
             return []
-        metadata = ({"blocks": blocks} if blocks else {}) | (more or {})
+        metadata = ({"blocks": cut_json(blocks, _MAX_BLOCKS_BYTES)} if blocks else {}) | (more or {})
         if chunk is AgentMessageChunk:
             return [Message(text, metadata or None)]
         return [Log(text, type="reasoning", metadata=metadata or None)]
