@@ -176,6 +176,18 @@ def test_session_is_opened_again_in_a_new_process(play: Play, how: str) -> None:
     play(check)
 
 
+def test_session_of_a_turn_that_was_given_back_is_opened_again(play: Play) -> None:
+    """A service that is stopped does not count the attempt: the turn seems to be the first, and has a session."""
+
+    async def check(stage: Stage) -> None:
+        session = session_of(await stage.turn(stage.agent("obedient", "--load"), "first"))
+        again = GivenSurroundings(logs={"session": session})
+        said = await stage.turn(stage.agent("obedient", "--load"), [tell("said")], again)
+        assert json.loads(text_of(said))[0] == "first"
+
+    play(check)
+
+
 @pytest.mark.parametrize("arguments", [[], ["--load"]], ids=["cannot", "does not know it"])
 def test_session_that_cannot_be_opened_again_begins_with_the_history(play: Play, arguments: list[str]) -> None:
     """The log says so."""

@@ -120,9 +120,8 @@ class AgentClientProtocolAgent(Agent):
 
     async def _session_for(self, run: "_Run", turn: TurnContext) -> tuple[list[str], Log | None]:
         """See to it that the run has an open session; return what it is to be told, and the log entry on it."""
-        known = None
-        if turn.turn > 1 or turn.attempt > 1:
-            known = await turn.latest_log(_SESSION_LOG)
+        # Also in what seems to be the first attempt: one of a service that was stopped in order is not counted.
+        known = await turn.latest_log(_SESSION_LOG)
         metadata = dict(known.metadata or {}) if known is not None else {}
         if run.session is not None:
             is_newest = run.connection and metadata.get("connection", run.connection) == run.connection
@@ -135,7 +134,7 @@ class AgentClientProtocolAgent(Agent):
         run.connection = ""
         how = await self._open(run, path, metadata)
         texts = [turn.input]
-        if how == "new" and (turn.turn > 1 or turn.attempt > 1) and (history := await turn.history()):
+        if how == "new" and (history := await turn.history()):
             how = "history"
             texts = [history_text(history), turn.input]
         run.connection = secrets.token_hex(8)
