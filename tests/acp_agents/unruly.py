@@ -65,7 +65,9 @@ def prompt(way: str, number: int) -> None:
             send({"id": 900, "method": "fs/read_text_file", "params": {"sessionId": "other", "path": "x"}})
             send({"id": 901, "method": "session/request_permission", "params": {"sessionId": "s"}})
             send({"id": 902, "method": "no/such", "params": {}})
-            answers = sorted(json.loads(sys.stdin.readline())["error"]["code"] for _ in range(3))
+            params = {"sessionId": "other", "path": "x", "_meta": {"self": 1, "session_id": "s"}}
+            send({"id": 903, "method": "fs/read_text_file", "params": params})
+            answers = sorted(json.loads(sys.stdin.readline())["error"]["code"] for _ in range(4))
             update(_UPDATE | {"content": {"type": "text", "text": json.dumps(answers)}})
         case "many requests":
             for n in range(300):

@@ -303,6 +303,21 @@ def test_directory_of_a_run_stays_unless_its_removal_is_asked_for(play: Play) ->
     play(check)
 
 
+def test_directory_that_was_made_before_a_restart_is_removed(play: Play) -> None:
+    """The log says that it was made for the run."""
+
+    async def check(stage: Stage) -> None:
+        before, after = [stage.agent("obedient", remove_working_directory=removes) for removes in (False, True)]
+        session = session_of(await stage.turn(before, "x"))
+        await before.close()
+        assert (stage.folder / "work" / "run_1").exists()
+        await stage.turn(after, "x", GivenSurroundings(logs={"session": session}), turn=2)
+        await after.close()
+        assert not (stage.folder / "work" / "run_1").exists()
+
+    play(check)
+
+
 def test_directory_of_a_turn_is_not_removed_by_an_earlier_idle_end(play: Play) -> None:
     """A turn came while the run was being ended, and was cancelled before that was done."""
 

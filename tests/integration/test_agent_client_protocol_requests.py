@@ -154,6 +154,24 @@ def test_terminals_that_end_or_are_asked_for_strangely(play: Play, caplog: pytes
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
+def test_terminals_are_few_and_know_no_secret(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight at once; a command sees of the environment what the agent does."""
+    monkeypatch.setenv("SECRET_OF_THE_RUNTIME", "x")
+
+    async def check(stage: Stage) -> None:
+        agent = stage.agent("obedient", env={"OWN": "z"})
+        code, _, output, _ = json.loads(text_of(await stage.turn(agent, [{"do": "terminal", "command": "env"}])))
+        assert code == 0
+        assert "OWN=z" in output.splitlines()
+        assert "SECRET_OF_THE_RUNTIME" not in output
+        start = {"do": "request", "method": "terminal/create", "params": {"command": "true"}}
+        ask = [json.loads(text_of(await stage.turn(agent, [start]))) for _ in range(9)]
+        assert ["terminalId" in each for each in ask] == [True] * 8 + [False]
+        assert ask[-1]["code"] == -32602
+
+    play(check)
+
+
 def test_terminals_end_with_the_session(play: Play) -> None:
     """With all that they have started."""
 
