@@ -82,8 +82,10 @@ def prompt(way: str, number: int) -> None:
                 send({"id": f"r{n}", "method": "session/request_permission", "params": params})
             time.sleep(600)
         case "chatty":
-            for n in range(3):
+            for n in range(200):
                 write(f"a line of {n} that somebody printed, \x00 and {{'a': 1}}")
+                if n % 50 == 0:
+                    update({"sessionUpdate": "available_commands_update", "availableCommands": []})
         case "noise":
             for _ in range(1_000):
                 write("a line that somebody printed")
@@ -134,6 +136,10 @@ def main() -> None:
                     time.sleep(600)
             case "session/prompt":
                 prompt(way, request["id"])
+                if way == "asks later in a form":
+                    schema = {"type": "object", "properties": {"name": {"type": "string"}}}
+                    params = {"sessionId": "s", "mode": "form", "message": "Who?", "requestedSchema": schema}
+                    send({"id": 900, "method": "elicitation/create", "params": params})
                 if way == "asks later":
                     option = {"optionId": "yes", "name": "Yes", "kind": "allow_once"}
                     params = {"sessionId": "s", "toolCall": {"toolCallId": "1"}, "options": [option]}

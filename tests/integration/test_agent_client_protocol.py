@@ -365,6 +365,7 @@ def test_warm_processes_wait_for_new_runs(play: Play) -> None:
         }
         assert text_of(await stage.turn(agent, [tell("pid")], run_id="run_2")) == str(warm)
         await eventually(lambda: len(agent_processes()) == 3)
+        await eventually(lambda: all(warm.done() for warm in agent._warm))
         killed = agent_processes()
         for process in killed:
             process.kill()

@@ -42,16 +42,20 @@ def test_permission_is_asked_of_the_caller(play: Play) -> None:
     play(check)
 
 
-def test_permission_outside_of_a_turn_is_cancelled(play: Play) -> None:
+@pytest.mark.parametrize(
+    ("way", "result"),
+    [("asks later", {"outcome": {"outcome": "cancelled"}}), ("asks later in a form", {"action": "cancel"})],
+)
+def test_question_outside_of_a_turn_is_cancelled(play: Play, way: str, result: object) -> None:
     """There is nobody to be asked."""
 
     async def check(stage: Stage) -> None:
         surroundings = GivenSurroundings(answers=[Answer(AnsweredBy.CALLER, option="yes")])
-        await stage.turn(stage.agent("unruly", "asks later"), "x", surroundings)
+        await stage.turn(stage.agent("unruly", way), "x", surroundings)
         # The process began in its run's directory.
         answer = stage.folder / "work" / "run_1" / "answer"
         await eventually(lambda: answer.exists() and answer.read_text().endswith("\n"))
-        assert json.loads(answer.read_text())["result"] == {"outcome": {"outcome": "cancelled"}}
+        assert json.loads(answer.read_text())["result"] == result
         assert not surroundings.asked
 
     play(check)
