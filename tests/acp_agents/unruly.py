@@ -137,6 +137,7 @@ def main() -> None:
             case "session/prompt":
                 prompt(way, request["id"])
                 if way == "asks later in a form":
+                    time.sleep(0.3)  # the turn is over
                     schema = {"type": "object", "properties": {"name": {"type": "string"}}}
                     params = {"sessionId": "s", "mode": "form", "message": "Who?", "requestedSchema": schema}
                     send({"id": 900, "method": "elicitation/create", "params": params})
