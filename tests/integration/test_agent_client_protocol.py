@@ -193,7 +193,8 @@ def test_session_that_cannot_be_opened_again_begins_with_the_history(play: Play,
     play(check)
 
 
-def test_session_that_was_told_nothing_yet_is_not_used(play: Play) -> None:
+@pytest.mark.parametrize("begun", [False, True])
+def test_session_that_was_told_nothing_yet_is_not_used(play: Play, begun: bool) -> None:
     """The history could not be read; when it can, it is given to the agent."""
 
     class Forgetful(GivenSurroundings):
@@ -202,9 +203,13 @@ def test_session_that_was_told_nothing_yet_is_not_used(play: Play) -> None:
 
     async def check(stage: Stage) -> None:
         agent = stage.agent("obedient")
+        logs = {"session": session_of(await stage.turn(agent, "my name is Ada"))} if begun else {}
+        for process in agent_processes():
+            process.kill()
+            await eventually(lambda: agent._runs["run_1"].session is None)
         with pytest.raises(OSError):  # noqa: PT011 - as it is raised
-            await stage.turn(agent, "x", Forgetful(), turn=2)
-        surroundings = GivenSurroundings([HistoryMessage(EventRole.USER, "my name is Ada")])
+            await stage.turn(agent, "x", Forgetful(logs=logs), turn=2)
+        surroundings = GivenSurroundings([HistoryMessage(EventRole.USER, "my name is Ada")], logs=logs)
         said = await stage.turn(agent, [{"do": "context"}], surroundings, turn=3)
         assert "User: my name is Ada" in text_of(said)
 
@@ -324,14 +329,17 @@ def test_directory_of_a_turn_is_not_removed_by_an_earlier_idle_end(play: Play) -
     async def check(stage: Stage) -> None:
         agent = stage.agent("obedient", idle_seconds=0.5, remove_working_directory=True)
         surroundings = GivenSurroundings(logs={"session": session_of(await stage.turn(agent, "x"))})
-        await eventually(lambda: agent._runs["run_1"].idle is None)
+        run = agent._runs["run_1"]
+        await eventually(lambda: run.idle is None)
+        retiring = run.settling
+        assert retiring is not None
         stopped = asyncio.create_task(stage.turn(agent, "x", surroundings, turn=2))
         await asyncio.sleep(0)
         stopped.cancel()
         with pytest.raises(asyncio.CancelledError):
             await stopped
-        await eventually(lambda: not agent_processes())
-        run = agent._runs["run_1"]
+        await asyncio.wait([retiring])
+        await asyncio.sleep(0)
         steps = [{"do": "terminal", "command": "sleep 1; pwd"}]
         assert str(stage.folder / "work" / "run_1") in text_of(await stage.turn(agent, steps, surroundings, turn=3))
         assert agent._runs == {"run_1": run}
