@@ -65,7 +65,7 @@ def prompt(way: str, number: int) -> None:
             send({"id": 900, "method": "fs/read_text_file", "params": {"sessionId": "other", "path": "x"}})
             send({"id": 901, "method": "session/request_permission", "params": {"sessionId": "s"}})
             send({"id": 902, "method": "no/such", "params": {}})
-            params = {"sessionId": "other", "path": "x", "_meta": {"self": 1, "session_id": "s"}}
+            params: dict[str, Any] = {"sessionId": "other", "path": "x", "_meta": {"self": 1, "session_id": "s"}}
             send({"id": 903, "method": "fs/read_text_file", "params": params})
             answers = sorted(json.loads(sys.stdin.readline())["error"]["code"] for _ in range(4))
             update(_UPDATE | {"content": {"type": "text", "text": json.dumps(answers)}})
@@ -139,7 +139,12 @@ def main() -> None:
                 if way == "asks later in a form":
                     time.sleep(0.3)  # the turn is over
                     schema = {"type": "object", "properties": {"name": {"type": "string"}}}
-                    params = {"sessionId": "s", "mode": "form", "message": "Who?", "requestedSchema": schema}
+                    params: dict[str, Any] = {
+                        "sessionId": "s",
+                        "mode": "form",
+                        "message": "Who?",
+                        "requestedSchema": schema,
+                    }
                     send({"id": 900, "method": "elicitation/create", "params": params})
                 if way == "asks later":
                     option = {"optionId": "yes", "name": "Yes", "kind": "allow_once"}
