@@ -129,6 +129,8 @@ class ObedientAgent:
                 case "wait":
                     await self._say(session_id, "waiting")
                     await self._is_cancelled.wait()
+                    if step.get("fails"):
+                        raise RequestError.internal_error()
                     return PromptResponse(stop_reason="cancelled")
                 case "context":
                     await self._say(session_id, "|".join(texts))

@@ -65,7 +65,9 @@ def prompt(way: str, number: int) -> None:
             send({"id": 900, "method": "fs/read_text_file", "params": {"sessionId": "other", "path": "x"}})
             send({"id": 901, "method": "session/request_permission", "params": {"sessionId": "s"}})
             send({"id": 902, "method": "no/such", "params": {}})
-            answers = sorted(json.loads(sys.stdin.readline())["error"]["code"] for _ in range(3))
+            params: dict[str, Any] = {"sessionId": "other", "path": "x", "_meta": {"self": 1, "session_id": "s"}}
+            send({"id": 903, "method": "fs/read_text_file", "params": params})
+            answers = sorted(json.loads(sys.stdin.readline())["error"]["code"] for _ in range(4))
             update(_UPDATE | {"content": {"type": "text", "text": json.dumps(answers)}})
         case "many requests":
             for n in range(300):
@@ -80,8 +82,10 @@ def prompt(way: str, number: int) -> None:
                 send({"id": f"r{n}", "method": "session/request_permission", "params": params})
             time.sleep(600)
         case "chatty":
-            for n in range(3):
+            for n in range(200):
                 write(f"a line of {n} that somebody printed, \x00 and {{'a': 1}}")
+                if n % 50 == 0:
+                    update({"sessionUpdate": "available_commands_update", "availableCommands": []})
         case "noise":
             for _ in range(1_000):
                 write("a line that somebody printed")
@@ -132,6 +136,16 @@ def main() -> None:
                     time.sleep(600)
             case "session/prompt":
                 prompt(way, request["id"])
+                if way == "asks later in a form":
+                    time.sleep(0.3)  # the turn is over
+                    schema = {"type": "object", "properties": {"name": {"type": "string"}}}
+                    params: dict[str, Any] = {
+                        "sessionId": "s",
+                        "mode": "form",
+                        "message": "Who?",
+                        "requestedSchema": schema,
+                    }
+                    send({"id": 900, "method": "elicitation/create", "params": params})
                 if way == "asks later":
                     option = {"optionId": "yes", "name": "Yes", "kind": "allow_once"}
                     params = {"sessionId": "s", "toolCall": {"toolCallId": "1"}, "options": [option]}

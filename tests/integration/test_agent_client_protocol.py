@@ -205,7 +205,8 @@ def test_session_that_cannot_be_opened_again_begins_with_the_history(play: Play,
     play(check)
 
 
-def test_session_that_was_told_nothing_yet_is_not_used(play: Play) -> None:
+@pytest.mark.parametrize("begun", [False, True])
+def test_session_that_was_told_nothing_yet_is_not_used(play: Play, begun: bool) -> None:
     """The history could not be read; when it can, it is given to the agent."""
 
     class Forgetful(GivenSurroundings):
@@ -214,9 +215,13 @@ def test_session_that_was_told_nothing_yet_is_not_used(play: Play) -> None:
 
     async def check(stage: Stage) -> None:
         agent = stage.agent("obedient")
+        logs = {"session": session_of(await stage.turn(agent, "my name is Ada"))} if begun else {}
+        for process in agent_processes():
+            process.kill()
+            await eventually(lambda: agent._runs["run_1"].session is None)
         with pytest.raises(OSError):  # noqa: PT011 - as it is raised
-            await stage.turn(agent, "x", Forgetful(), turn=2)
-        surroundings = GivenSurroundings([HistoryMessage(EventRole.USER, "my name is Ada")])
+            await stage.turn(agent, "x", Forgetful(logs=logs), turn=2)
+        surroundings = GivenSurroundings([HistoryMessage(EventRole.USER, "my name is Ada")], logs=logs)
         said = await stage.turn(agent, [{"do": "context"}], surroundings, turn=3)
         assert "User: my name is Ada" in text_of(said)
 
@@ -315,20 +320,38 @@ def test_directory_of_a_run_stays_unless_its_removal_is_asked_for(play: Play) ->
     play(check)
 
 
+def test_directory_that_was_made_before_a_restart_is_removed(play: Play) -> None:
+    """The log says that it was made for the run."""
+
+    async def check(stage: Stage) -> None:
+        before, after = [stage.agent("obedient", remove_working_directory=removes) for removes in (False, True)]
+        session = session_of(await stage.turn(before, "x"))
+        await before.close()
+        assert (stage.folder / "work" / "run_1").exists()
+        await stage.turn(after, "x", GivenSurroundings(logs={"session": session}), turn=2)
+        await after.close()
+        assert not (stage.folder / "work" / "run_1").exists()
+
+    play(check)
+
+
 def test_directory_of_a_turn_is_not_removed_by_an_earlier_idle_end(play: Play) -> None:
     """A turn came while the run was being ended, and was cancelled before that was done."""
 
     async def check(stage: Stage) -> None:
         agent = stage.agent("obedient", idle_seconds=0.5, remove_working_directory=True)
         surroundings = GivenSurroundings(logs={"session": session_of(await stage.turn(agent, "x"))})
-        await eventually(lambda: agent._runs["run_1"].idle is None)
+        run = agent._runs["run_1"]
+        await eventually(lambda: run.idle is None)
+        retiring = run.settling
+        assert retiring is not None
         stopped = asyncio.create_task(stage.turn(agent, "x", surroundings, turn=2))
         await asyncio.sleep(0)
         stopped.cancel()
         with pytest.raises(asyncio.CancelledError):
             await stopped
-        await eventually(lambda: not agent_processes())
-        run = agent._runs["run_1"]
+        await asyncio.wait([retiring])
+        await asyncio.sleep(0)
         steps = [{"do": "terminal", "command": "sleep 1; pwd"}]
         assert str(stage.folder / "work" / "run_1") in text_of(await stage.turn(agent, steps, surroundings, turn=3))
         assert agent._runs == {"run_1": run}
@@ -362,6 +385,7 @@ def test_warm_processes_wait_for_new_runs(play: Play) -> None:
         }
         assert text_of(await stage.turn(agent, [tell("pid")], run_id="run_2")) == str(warm)
         await eventually(lambda: len(agent_processes()) == 3)
+        await eventually(lambda: all(warm.done() for warm in agent._warm))
         killed = agent_processes()
         for process in killed:
             process.kill()

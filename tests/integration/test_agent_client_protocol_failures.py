@@ -73,6 +73,41 @@ def test_cancel_that_is_not_obeyed_ends_the_process(play: Play, step: dict[str, 
     play(check)
 
 
+def test_cancel_that_is_answered_by_an_error_ends_the_process(play: Play) -> None:
+    """Nobody knows what it would do next."""
+
+    async def check(stage: Stage) -> None:
+        agent = stage.agent("obedient")
+        await cancelled(stage, agent, [{"do": "wait", "fails": True}], "waiting")
+        (pid,) = [process.pid for process in agent_processes()]
+        assert text_of(await stage.turn(agent, [tell("pid")], turn=2)) != str(pid)
+
+    play(check)
+
+
+def test_cancel_ends_the_commands_of_its_turn(play: Play) -> None:
+    """Those of earlier turns go on, as does the process."""
+
+    async def check(stage: Stage) -> None:
+        agent = stage.agent("obedient")
+        marks = [stage.folder / name for name in ("earlier", "now")]
+        starts = [
+            {"do": "start terminal", "command": "sh", "args": ["-c", f"echo $$ > {mark}; exec sleep 600"]}
+            for mark in marks
+        ]
+        await stage.turn(agent, [starts[0]])
+        await cancelled(stage, agent, [starts[1], {"do": "wait"}], "waiting")
+        await eventually(lambda: all(mark.exists() and mark.read_text() for mark in marks))
+        earlier, now = [int(mark.read_text()) for mark in marks]
+        stage.pids |= {earlier, now}
+        await eventually(lambda: not is_alive(now))
+        assert is_alive(earlier)
+        (pid,) = [process.pid for process in agent_processes()]
+        assert text_of(await stage.turn(agent, [tell("pid")], turn=3)) == str(pid)
+
+    play(check)
+
+
 class Waiting(GivenSurroundings):
     """A caller who never answers."""
 
@@ -228,7 +263,7 @@ def test_agent_that_never_reads_fails_its_turn(play: Play, monkeypatch: pytest.M
         ("no object", "hello"),
         ("chatty", "hello"),
         ("wrong updates", "hello"),
-        ("other session", "[-32602, -32602, -32601]hello"),
+        ("other session", "[-32602, -32602, -32602, -32601]hello"),
         ("emoji", "half ?hello"),
         ("many requests", "300 answers, hello"),
     ],

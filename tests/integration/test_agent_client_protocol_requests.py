@@ -42,16 +42,20 @@ def test_permission_is_asked_of_the_caller(play: Play) -> None:
     play(check)
 
 
-def test_permission_outside_of_a_turn_is_cancelled(play: Play) -> None:
+@pytest.mark.parametrize(
+    ("way", "result"),
+    [("asks later", {"outcome": {"outcome": "cancelled"}}), ("asks later in a form", {"action": "cancel"})],
+)
+def test_question_outside_of_a_turn_is_cancelled(play: Play, way: str, result: object) -> None:
     """There is nobody to be asked."""
 
     async def check(stage: Stage) -> None:
         surroundings = GivenSurroundings(answers=[Answer(AnsweredBy.CALLER, option="yes")])
-        await stage.turn(stage.agent("unruly", "asks later"), "x", surroundings)
+        await stage.turn(stage.agent("unruly", way), "x", surroundings)
         # The process began in its run's directory.
         answer = stage.folder / "work" / "run_1" / "answer"
         await eventually(lambda: answer.exists() and answer.read_text().endswith("\n"))
-        assert json.loads(answer.read_text())["result"] == {"outcome": {"outcome": "cancelled"}}
+        assert json.loads(answer.read_text())["result"] == result
         assert not surroundings.asked
 
     play(check)
@@ -152,6 +156,24 @@ def test_terminals_that_end_or_are_asked_for_strangely(play: Play, caplog: pytes
 
     play(check)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_terminals_are_few_and_know_no_secret(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight at once; a command sees of the environment what the agent does."""
+    monkeypatch.setenv("SECRET_OF_THE_RUNTIME", "x")
+
+    async def check(stage: Stage) -> None:
+        agent = stage.agent("obedient", env={"OWN": "z"})
+        code, _, output, _ = json.loads(text_of(await stage.turn(agent, [{"do": "terminal", "command": "env"}])))
+        assert code == 0
+        assert "OWN=z" in output.splitlines()
+        assert "SECRET_OF_THE_RUNTIME" not in output
+        start = {"do": "request", "method": "terminal/create", "params": {"command": "true"}}
+        ask = [json.loads(text_of(await stage.turn(agent, [start]))) for _ in range(9)]
+        assert ["terminalId" in each for each in ask] == [True] * 8 + [False]
+        assert ask[-1]["code"] == -32602
+
+    play(check)
 
 
 def test_terminals_end_with_the_session(play: Play) -> None:

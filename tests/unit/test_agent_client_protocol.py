@@ -487,7 +487,9 @@ def test_history_is_text_with_the_newest_kept() -> None:
 # Files
 
 
-@pytest.mark.parametrize("path", ["../secret", "/etc/passwd", "link", "folder/../../secret", "a\0b", "nowhere/../../x"])
+@pytest.mark.parametrize(
+    "path", ["../secret", "/etc/passwd", "link", "folder/../../secret", "a\0b", "nowhere/../../x", "../workshop/x"]
+)
 def test_files_outside_of_the_directory_are_refused(tmp_path: Path, path: str) -> None:
     """By dots, by an absolute path, by a link."""
     (tmp_path / "secret").write_text("secret")

@@ -108,6 +108,9 @@ class ChildTransport:
             if "id" in message:
                 if "method" in message:
                     self._open_requests += 1
+                    if isinstance(params := message.get("params"), dict):
+                        # The SDK would take what is in there for arguments of its own.
+                        params.pop("_meta", None)
                 return message
             if message["method"] == "session/update":
                 await self._on_update(message.get("params"))
