@@ -8,13 +8,13 @@ Knows agents, the store and the event log; not who started it.
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from runtime_service.agent_events import storable
-from runtime_service.agents import AgentError, AgentOutput, AgentSays, Delta, Message, TurnContext
+from runtime_service.agents import AgentError, AgentOutput, AgentSays, Answer, Delta, Message, Option, TurnContext
 from runtime_service.asking import Asked, Asking
 from runtime_service.errors import StoreUnavailable
 from runtime_service.live_run import LiveRun
@@ -52,7 +52,7 @@ class Execution:
         self._loop = asyncio.get_running_loop()
         self._live = live
         self._speech = Speech(live, run.last_sequence)
-        self._asking = Asking(run, server.questions, store, self._begin_flush, publish)
+        self._asking: Asking | None = None  # once the agent has asked: few do
         self._step_planned = False
         self._held = 0
         self._unheld: asyncio.Future[None] | None = None
@@ -77,7 +77,7 @@ class Execution:
             log.info("turn %s of %s was settled or claimed elsewhere", self.run.turn.number, self.run.id)
         finally:
             self._lost = True
-            self._asking.close()
+            self._stop_asking()
             if self._draft_timer is not None:
                 self._draft_timer.cancel()
 
@@ -92,7 +92,8 @@ class Execution:
 
     def look_for_answer(self) -> None:
         """Learn that the question that this turn asks may have been answered."""
-        self._asking.look()
+        if self._asking is not None:
+            self._asking.look()
 
     def leave_to_others(self) -> None:
         """Learn that the turn is about to be cancelled here, to be executed by whoever is next."""
@@ -117,7 +118,7 @@ class Execution:
 
     def _stop_listening(self) -> tuple[list[EventDraft], str | None]:
         self._lost = True
-        self._asking.close()
+        self._stop_asking()
         self._wake_held()
         return self._speech.take_all()
 
@@ -190,7 +191,7 @@ class Execution:
             server_id=run.server_id,
             turn=run.turn.number,
             attempt=run.turn.attempt,
-            surroundings=TurnSurroundings(run, self._store, server.questions, self._asking, self._add),
+            surroundings=TurnSurroundings(run, self._store, server.questions, self._add, self._ask),
         )
         self._task = asyncio.current_task()
         try:
@@ -211,7 +212,7 @@ class Execution:
         except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001 - whatever an agent raises is data
             return self.unexpected(error)
         finally:
-            self._task = None
+            self._task = self._context = None
         return Outcome(RunStatus.COMPLETED)
 
     async def _listen(self, agent: AsyncGenerator[AgentSays]) -> None:
@@ -244,6 +245,20 @@ class Execution:
         if speech.draft is not None:
             # An agent that only streams: the end of the turn is the end of its message.
             self._add(Message(speech.draft.text))
+
+    async def _ask(
+        self, question: str, options: Sequence[Option], tool_kind: str | None, metadata: Mapping[str, Any] | None
+    ) -> Answer:
+        if self._asking is None:
+            settings = self._server.questions
+            self._asking = Asking(self.run, settings, self._store, self._begin_flush, self._publish)
+            if self._lost:
+                self._asking.close()
+        return await self._asking.ask(question, options, tool_kind, metadata)
+
+    def _stop_asking(self) -> None:
+        if self._asking is not None:
+            self._asking.close()
 
     def _add(self, output: AgentOutput) -> None:
         if self._lost:
@@ -293,7 +308,7 @@ class Execution:
 
     @property
     def _is_to_store(self) -> bool:
-        return bool(self._speech.pending) or self._asking.waits_to_be_stored
+        return bool(self._speech.pending) or (self._asking is not None and self._asking.waits_to_be_stored)
 
     def _may_flush(self) -> bool:
         return not (self._lost or self._held or self._settling)
@@ -305,24 +320,25 @@ class Execution:
             while self._is_to_store and self._may_flush():
                 self._read_pieces()
                 events = speech.send_pending()
-                asked = self._asking.take()
+                asking = self._asking
+                asked = None if asking is None else asking.take()
                 try:
                     change = await self._write(events, asked)
                 except StoreUnavailable:
                     speech.not_stored(events)
-                    if asked is not None:
-                        self._asking.put_back(asked)
+                    if asking is not None and asked is not None:
+                        asking.put_back(asked)
                     await asyncio.sleep(RETRY_SECONDS)
                     continue
                 speech.stored()
                 self._publish(change)
-                if asked is not None:
-                    self._asking.stored(asked, change.events[-1].sequence)
+                if asking is not None and asked is not None:
+                    asking.stored(asked, change.events[-1].sequence)
         except TurnLost:
             if not self._lost:
                 # Another process has taken the turn: the agent need not be at work until it says more.
                 self._lost = True
-                self._asking.close()
+                self._stop_asking()
                 self._live.doubt()
                 if self._task is not None:
                     self._task.cancel()

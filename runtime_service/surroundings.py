@@ -1,12 +1,11 @@
 """What surrounds the agent of one turn: the run's history and log, and its caller, who can be asked."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from runtime_service.agent_events import storable
 from runtime_service.agents import AgentOutput, Answer, HistoryMessage, Log, Option
-from runtime_service.asking import Asking
 from runtime_service.questions import QuestionSettings, decision_log
 from runtime_service.runs import LogLevel, Run
 from runtime_service.store.base import RunStore
@@ -15,23 +14,26 @@ _HISTORY_MESSAGES = 1_000
 
 
 class TurnSurroundings:
-    """Those of the turn that `run` shows; see `Surroundings`. What the settings decide is said by `say`."""
+    """Those of the turn that `run` shows; see `Surroundings`.
 
-    __slots__ = ("_asking", "_run", "_say", "_settings", "_store")
+    What the settings decide is said by `say`, what they do not is put to the caller by `ask`.
+    """
+
+    __slots__ = ("_ask", "_run", "_say", "_settings", "_store")
 
     def __init__(
         self,
         run: Run,
         store: RunStore,
         settings: QuestionSettings,
-        asking: Asking,
         say: Callable[[AgentOutput], None],
+        ask: Callable[[str, Sequence[Option], str | None, Mapping[str, Any] | None], Awaitable[Answer]],
     ) -> None:
         self._run = run
         self._store = store
         self._settings = settings
-        self._asking = asking
         self._say = say
+        self._ask = ask
 
     async def history(self) -> list[HistoryMessage]:
         """Return the messages of the earlier turns."""
@@ -56,4 +58,4 @@ class TurnSurroundings:
         if (decided := self._settings.decide(options, tool_kind)) is not None:
             self._say(decision_log(question, options, tool_kind, decided))
             return decided
-        return await self._asking.ask(question, options, tool_kind, metadata)
+        return await self._ask(question, options, tool_kind, metadata)
