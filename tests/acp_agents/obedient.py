@@ -1,6 +1,6 @@
 """An agent on the SDK's agent side that does as its prompts say: each is a JSON list of steps, or a text to repeat.
 
-Options by its command line: --load, --resume, --modes, --models, --login, --no-stop.
+Options by its command line: --load, --break-load, --resume, --modes, --models, --login, --no-stop.
 """
 
 import argparse
@@ -83,6 +83,8 @@ class ObedientAgent:
 
     async def load_session(self, cwd: str, session_id: str, **_: Any) -> LoadSessionResponse:
         """Say again what was said before."""
+        if self._arguments.break_load:
+            os._exit(3)
         await self._reopen(cwd, session_id)
         for text in self._said:
             await self._client.session_update(session_id, update_agent_message_text(text))
@@ -254,7 +256,7 @@ class ObedientAgent:
 def main() -> None:
     """Serve stdin and stdout."""
     parser = argparse.ArgumentParser()
-    for name in ("load", "resume", "modes", "models", "login", "no-stop"):
+    for name in ("load", "break-load", "resume", "modes", "models", "login", "no-stop"):
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--version", type=int, default=PROTOCOL_VERSION)
     asyncio.run(run_agent(ObedientAgent(parser.parse_args()), use_unstable_protocol=True))  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ import pytest
 
 from runtime_service.agent_check import check_agent
 from runtime_service.agents import (
+    AgentError,
     AgentOutput,
     Finding,
     HistoryMessage,
@@ -172,6 +173,22 @@ def test_session_is_opened_again_in_a_new_process(play: Play, how: str) -> None:
         said = await stage.turn(stage.agents[0], [tell("said")], surroundings, turn=3)
         assert len(json.loads(text_of(said))) == 3
         assert session_of(said).metadata != opened.metadata
+
+    play(check)
+
+
+def test_session_by_which_the_agent_breaks_is_tried_once(play: Play) -> None:
+    """The turn fails; the next one goes on with the history."""
+
+    async def check(stage: Stage) -> None:
+        kept = Log("", type="session", metadata={"sessionId": "heavy", "connection": "x"})
+        surroundings = GivenSurroundings([HistoryMessage(EventRole.USER, "hello")], logs={"session": kept})
+        agent = stage.agent("obedient", "--load", "--break-load")
+        with pytest.raises(AgentError) as caught:
+            await stage.turn(agent, "more", surroundings, turn=2)
+        assert caught.value.code == "AGENT_CRASHED"
+        session = session_of(await stage.turn(agent, "more", surroundings, turn=3))
+        assert (session.metadata or {})["opened"] == "history"
 
     play(check)
 

@@ -150,14 +150,29 @@ class AgentClientProtocolAgent(Agent):
                 if known.get("createdWorkingDirectory") is True and known.get("workingDirectory") == str(path):
                     directory.created = True
                 session = await self._launched(run, path)
-                session_id = known.get("sessionId")
-                how = await session.reopen(directory, session_id) if isinstance(session_id, str) else None
+                session_id, how = known.get("sessionId"), None
+                if isinstance(session_id, str) and session_id != run.lost_session:
+                    # Where it is not opened, by whatever, it is not tried twice: the history does instead.
+                    run.lost_session = session_id
+                    how = await self._reopened(run, session, directory, session_id)
                 if how is None:
                     await session.open(directory)
                 session.on_lost = partial(self._lost, run, session)
         except TimeoutError:
             raise self._failures.start_timeout() from None
         return how or "new"
+
+    async def _reopened(
+        self, run: "_Run", session: Session, directory: WorkingDirectory, session_id: str
+    ) -> str | None:
+        try:
+            how = await session.reopen(directory, session_id)
+        except AgentError as error:
+            if error.code == "AGENT_LOGIN_REQUIRED":
+                run.lost_session = ""
+            raise
+        run.lost_session = ""
+        return how
 
     def _news(self, run: "_Run", how: str) -> Log:
         session, directory = run.session, run.directory
@@ -303,6 +318,8 @@ class _Run:
         self.directory: WorkingDirectory | None = None
         self.connection = ""
         """Which opening of its session this process has; the newest in the log is the one that knows all turns."""
+        self.lost_session = ""
+        """The id of a session by whose opening a process broke, or was too slow."""
         self.idle: asyncio.TimerHandle | None = None
         self.settling: asyncio.Task[None] | None = None
         self.busy = False
