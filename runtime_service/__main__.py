@@ -332,6 +332,9 @@ def _log_as_json(level: str) -> None:
     if level.upper() not in logging.getLevelNamesMapping():
         raise SettingError(f"ACP_LOG_LEVEL must be debug, info, warning or error, not {level!r}")
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    if level.upper() == "INFO":
+        # It says each request of an agent, and some agents are asked several times a second.
+        logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 def main() -> None:
