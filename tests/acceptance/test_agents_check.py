@@ -5,6 +5,7 @@ import pty
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -135,21 +136,18 @@ def test_check_tells_a_mistake_as_the_service_does(folder: Path) -> None:
     assert "servers.mine: an agent runtime needs `agent`, one of" in wrong.stderr
 
 
-def test_check_ends_though_an_agent_does_not_obey(folder: Path) -> None:
-    """One that ignores its cancellation is left behind, and the next one is checked."""
+def test_check_ends_though_an_agent_does_not_let_it(folder: Path) -> None:
+    """One that ignores its cancellation is left behind; one that holds up the event loop ends the check. Both are told."""
     began = time.monotonic()
-    done = check(folder, "stubborn", "--limit-seconds", "0.2")
-    assert done.returncode == 1
-    assert "  missing  It has not come to an end after 0.2 s.\n" in done.stdout
-    assert "  missing  It goes on, 5 s after it was cancelled.\n" in done.stdout
+    with ThreadPoolExecutor() as at_once:
+        stubborn, blocking = at_once.map(
+            lambda name: check(folder, name, "--limit-seconds", "0.2"), ("stubborn", "blocking")
+        )
     assert time.monotonic() - began < LIMIT_SECONDS
-
-
-def test_check_ends_though_an_agent_holds_up_the_event_loop(folder: Path) -> None:
-    """Nothing else can go on then; that is said, and the process ends."""
-    done = check(folder, "blocking", "--limit-seconds", "0.2")
-    assert done.returncode == 1
-    assert done.stdout.splitlines() == ["blocking", "  missing  It holds up the event loop: no check can go on."]
+    assert (stubborn.returncode, blocking.returncode) == (1, 1)
+    assert "  missing  It has not come to an end after 0.2 s.\n" in stubborn.stdout
+    assert "  missing  It goes on, 5 s after it was cancelled.\n" in stubborn.stdout
+    assert blocking.stdout.splitlines() == ["blocking", "  missing  It holds up the event loop: no check can go on."]
 
 
 def test_check_at_a_terminal_is_coloured(folder: Path) -> None:
