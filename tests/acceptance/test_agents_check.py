@@ -137,7 +137,7 @@ def test_check_tells_a_mistake_as_the_service_does(folder: Path) -> None:
 
 
 def test_check_ends_though_an_agent_does_not_let_it(folder: Path) -> None:
-    """One that ignores its cancellation is left behind; one that holds up the event loop ends the check. Both are told."""
+    """One that ignores its cancellation is left behind, one that holds up the event loop ends the check; it says so."""
     began = time.monotonic()
     with ThreadPoolExecutor() as at_once:
         stubborn, blocking = at_once.map(

@@ -309,11 +309,12 @@ def test_no_agent_outlives_a_runtime_that_is_killed(play: Play, known: str) -> N
     assert play.shared.runtime_pid != killed
 
 
-def test_check_tells_what_the_agent_can(play_fast_agent: Play) -> None:
+@pytest.mark.parametrize("play", [play_fast_agent], indirect=True)
+def test_check_tells_what_the_agent_can(play: Play) -> None:
     """`agents check` starts it, and says that it answers and loads its sessions."""
-    folder = play_fast_agent.shared.folder
+    folder = play.shared.folder
     check = ("gateway", "agents", "check", "agent", "--servers", str(folder / "servers.toml"))
     ended = command(folder, *check, limit_seconds=_PATIENCE_SECONDS)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert play_fast_agent.agent.version in ended.stdout
+    assert play.agent.version in ended.stdout
     assert "It loads earlier sessions" in ended.stdout
