@@ -120,9 +120,9 @@ def answer_of(event: RunEvent) -> Answer:
     return Answer(AnsweredBy.CALLER, option, event.content if option is None else None)
 
 
-def answers(event: RunEvent | None, sequence: int) -> bool:
+def answers(event: RunEvent, sequence: int) -> bool:
     """Return whether an event is a caller's answer to the question of `sequence`."""
-    return event is not None and msgspec.json.decode(event.metadata or b"{}").get("question") == sequence
+    return bool(msgspec.json.decode(event.metadata or b"{}").get("question") == sequence)
 
 
 def decision_log(question: str, options: Sequence[Option], tool_kind: str | None, answer: Answer) -> Log:

@@ -5,7 +5,8 @@ called by the SDK, each in a task of its own, and take keyword arguments of whic
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 from acp import RequestError
@@ -38,7 +39,7 @@ from runtime_service.agents.agent_client_protocol.content import cut
 from runtime_service.agents.agent_client_protocol.directory import Refused, WorkingDirectory
 from runtime_service.agents.agent_client_protocol.failures import signal_name
 from runtime_service.agents.agent_client_protocol.options import AgentClientProtocolOptions
-from runtime_service.agents.agent_client_protocol.terminals import Terminals
+from runtime_service.agents.agent_client_protocol.terminals import Terminal, Terminals
 from runtime_service.agents.agent_client_protocol.tool_calls import ToolCall
 from runtime_service.agents.base import Answer, Option, OptionKind
 
@@ -171,40 +172,38 @@ class Client:
     ) -> CreateTerminalResponse:
         """Run a command in the working directory."""
         directory = self._served(session_id, "terminals", self._options.terminals)
-        terminal_id = await _of_terminals(
-            self.terminals.start(
+        inside = await _of_files(cwd or "", lambda: directory.inside(cwd or ""))
+        with _refusing():
+            terminal_id = await self.terminals.start(
                 command,
                 args or [],
                 environment={variable.name: variable.value for variable in env or []},
-                cwd=await _of_files(cwd or "", lambda: directory.inside(cwd or "")),
+                cwd=inside,
                 output_bytes=output_byte_limit,
             )
-        )
         return CreateTerminalResponse(terminal_id=terminal_id)
 
     async def terminal_output(self, session_id: str, terminal_id: str, **_: Any) -> TerminalOutputResponse:
         """Return what a command has written lately."""
-        self._served(session_id, "terminals", self._options.terminals)
-        terminal = _found(self.terminals, terminal_id)
+        terminal = self._terminal(session_id, terminal_id)
         status = terminal.exit_status
         shown = None if status is None else TerminalExitStatus(**_exit(status))
         return TerminalOutputResponse(output=terminal.output, truncated=terminal.truncated, exit_status=shown)
 
     async def wait_for_terminal_exit(self, session_id: str, terminal_id: str, **_: Any) -> WaitForTerminalExitResponse:
         """Wait until a command has ended."""
-        self._served(session_id, "terminals", self._options.terminals)
-        return WaitForTerminalExitResponse(**_exit(await _found(self.terminals, terminal_id).wait()))
+        return WaitForTerminalExitResponse(**_exit(await self._terminal(session_id, terminal_id).wait()))
 
     async def kill_terminal(self, session_id: str, terminal_id: str, **_: Any) -> KillTerminalResponse:
         """End a command; its output can still be asked for."""
-        self._served(session_id, "terminals", self._options.terminals)
-        await _found(self.terminals, terminal_id).end()
+        await self._terminal(session_id, terminal_id).end()
         return KillTerminalResponse()
 
     async def release_terminal(self, session_id: str, terminal_id: str, **_: Any) -> ReleaseTerminalResponse:
         """End a command and forget it."""
         self._served(session_id, "terminals", self._options.terminals)
-        await _of_terminals(self.terminals.release(terminal_id))
+        with _refusing():
+            await self.terminals.release(terminal_id)
         return ReleaseTerminalResponse()
 
     # Nothing of these is known here
@@ -235,6 +234,11 @@ class Client:
             raise RequestError(-32601, f"The server's settings refuse {what}; use your own.")
         return self.directory
 
+    def _terminal(self, session_id: str, terminal_id: str) -> Terminal:
+        self._served(session_id, "terminals", self._options.terminals)
+        with _refusing():
+            return self.terminals.get(terminal_id)
+
 
 def _denied() -> RequestPermissionResponse:
     return RequestPermissionResponse(outcome=DeniedOutcome(outcome="cancelled"))
@@ -249,25 +253,19 @@ def _check_options(options: tuple[Option, ...]) -> None:
 async def _of_files(path: str, work: Callable[[], _T]) -> _T:
     """Work with files off the event loop."""
     try:
-        return await asyncio.to_thread(work)
-    except Refused as error:
-        raise RequestError(-32602, str(error)) from error
+        with _refusing():
+            return await asyncio.to_thread(work)
     except FileNotFoundError as error:
         raise RequestError(-32002, f"There is no file {path}.", {"uri": path}) from error
     except (OSError, UnicodeEncodeError) as error:
         raise RequestError(-32603, f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-async def _of_terminals(work: Awaitable[_T]) -> _T:
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Answer what may not be had as the protocol does."""
     try:
-        return await work
-    except Refused as error:
-        raise RequestError(-32602, str(error)) from error
-
-
-def _found(terminals: Terminals, terminal_id: str) -> Any:
-    try:
-        return terminals.get(terminal_id)
+        yield
     except Refused as error:
         raise RequestError(-32602, str(error)) from error
 
