@@ -64,6 +64,17 @@ async def asks(turn: TurnContext) -> AsyncGenerator[AgentSays]:
     yield Message(f"half {answer.option} by {answer.by}")
 
 
+def asks_until(held: asyncio.Event) -> Callable[[TurnContext], AsyncGenerator[AgentSays]]:
+    """A script that asks for a permission and says what came of it, and ends when the test lets it."""
+
+    async def asks_and_stays(turn: TurnContext) -> AsyncGenerator[AgentSays]:
+        async for said in asks(turn):
+            yield said
+        await held.wait()
+
+    return asks_and_stays
+
+
 async def asks_freely(turn: TurnContext) -> AsyncGenerator[AgentSays]:
     """Ask for a text, say it."""
     answer = await turn.ask("What is your name?")
@@ -166,11 +177,6 @@ def test_first_answer_counts(stores: Stores) -> None:
     """Of ten at once one is taken; none becomes a turn of its own."""
     held = asyncio.Event()
 
-    async def asks_and_stays(turn: TurnContext) -> AsyncGenerator[AgentSays]:
-        async for said in asks(turn):
-            yield said
-        await held.wait()
-
     async def check(there: Runtime) -> None:
         run = await until_asking(there, await there.start())
         answers = await asyncio.gather(
@@ -184,7 +190,7 @@ def test_first_answer_counts(stores: Stores) -> None:
         held.set()
         await there.until_status(run, RunStatus.RUNNING, turn=2)
 
-    playing(stores, asks_and_stays, check)
+    playing(stores, asks_until(held), check)
 
 
 def test_answer_that_comes_again_by_its_request_id_is_the_same(stores: Stores) -> None:
@@ -367,11 +373,6 @@ def test_full_queue_refuses_input_but_no_answer(stores: Stores) -> None:
     """An answer needs no room; what comes behind it does."""
     held = asyncio.Event()
 
-    async def asks_and_stays(turn: TurnContext) -> AsyncGenerator[AgentSays]:
-        async for said in asks(turn):
-            yield said
-        await held.wait()
-
     async def check(there: Runtime) -> None:
         run = await until_asking(there, await there.start())
         await there.start("waits")
@@ -384,7 +385,9 @@ def test_full_queue_refuses_input_but_no_answer(stores: Stores) -> None:
         held.set()
         assert (await there.until_status(run, RunStatus.COMPLETED, turn=1)).turn.output == "half yes by caller"
 
-    playing(stores, asks_and_stays, check, limits=ExecutorLimits(max_turns=1, max_queued=1, cancel_grace_seconds=0.05))
+    playing(
+        stores, asks_until(held), check, limits=ExecutorLimits(max_turns=1, max_queued=1, cancel_grace_seconds=0.05)
+    )
 
 
 def test_followers_see_the_question_and_a_collector_is_answered_at_once(stores: Stores) -> None:
